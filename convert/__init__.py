@@ -1,0 +1,1 @@
+"""PyTorch checkpoints to model folders and GGUF files."""

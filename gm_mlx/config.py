@@ -1,0 +1,325 @@
+"""What a model is, as data: ``config.json`` and the presets.
+
+``config.json`` follows Hugging Face's LLaVA layout (``text_config``, ``vision_config`` and the keys of the join), with
+``model_type`` "llava_gm" and one table more, ``text_config.moe``. Keys that shape the model are checked: an unknown one
+is an error, because a misspelt key would otherwise be a silently different model. Keys that describe and do not shape
+(``architectures``, ``torch_dtype``, ids of special tokens, ...) are kept as they are and written back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from gm_mlx.errors import UserError
+
+MODEL_TYPE = "llava_gm"
+
+LayerMode = Literal["sparse", "first_half", "second_half", "dense", "custom"]
+
+# Where MoE-LLaVA puts its experts (MoE-LLaVA, llava_phi_moe.py, initialize_moe_modules). "dense" is its word for
+# "every layer". "custom" takes the list that is stored with it.
+LAYER_MODES = {
+    "sparse": lambda n: list(range(0, n, 2)),
+    "first_half": lambda n: list(range(n // 2)),
+    "second_half": lambda n: list(range(n // 2, n)),
+    "dense": lambda n: list(range(n)),
+}
+
+ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "quick_gelu")
+
+# Keys of Hugging Face's text and vision configs that a LLaVA-GM has one value for, or that describe and do not shape.
+DESCRIPTIVE = frozenset(
+    {
+        "architectures", "attention_bias", "attention_dropout", "bos_token_id", "dropout", "dtype", "eos_token_id",
+        "hidden_activation", "image_seq_length", "initializer_factor", "initializer_range", "layer_norm_epsilon",
+        "model_type", "num_channels", "pad_token_id", "projection_dim", "quantization", "rope_parameters",
+        "rope_scaling", "torch_dtype", "transformers_version", "use_cache", "vision_use_head",
+    }
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """The experts of a decoder.
+
+    Attributes:
+        num_experts: experts per sparse layer, E.
+        top_k: experts per token, k.
+        mode: which layers are sparse, a key of ``LAYER_MODES`` or "custom".
+        layers_idx: the sparse layers of mode "custom"; empty otherwise.
+        norm_topk_prob: divide the chosen probabilities by their sum. True is DeepSpeed's top-2 gate; false is the
+            papers' equation and DeepSpeed's top-1 gate.
+        router_rank: rank of a low-rank router, or 0 for a full one. E - 1 loses nothing (see ``moe.low_rank``).
+        use_residual: DeepSpeed's residual MoE: a dense FFN beside the experts, mixed by a learnt coefficient.
+        aux_loss_coef: weight of the load-balancing loss in training.
+    """
+
+    num_experts: int = 4
+    top_k: int = 2
+    mode: LayerMode = "sparse"
+    layers_idx: tuple[int, ...] = ()
+    norm_topk_prob: bool = True
+    router_rank: int = 0
+    use_residual: bool = False
+    aux_loss_coef: float = 0.01
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers_idx", tuple(self.layers_idx))
+        if self.mode not in LAYER_MODES and self.mode != "custom":
+            raise UserError(f"text_config.moe.mode: {self.mode!r} is not one of {[*LAYER_MODES, 'custom']}")
+        if not 1 <= self.top_k <= self.num_experts:
+            raise UserError(f"text_config.moe.top_k: {self.top_k} is not between 1 and num_experts={self.num_experts}")
+
+    def layers(self, num_layers: int) -> list[int]:
+        """The indices of the sparse layers in a decoder of ``num_layers`` layers."""
+        if self.mode != "custom":
+            return LAYER_MODES[self.mode](num_layers)
+        if any(not 0 <= i < num_layers for i in self.layers_idx):
+            raise UserError(f"text_config.moe.layers_idx: {list(self.layers_idx)} leaves the {num_layers} layers")
+        return list(self.layers_idx)
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """A Gemma-1 decoder, some of whose FFNs may be mixtures of experts."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    hidden_act: str = "gelu_pytorch_tanh"
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    max_position_embeddings: int = 8192
+    tie_word_embeddings: bool = True
+    moe: MoEConfig | None = None
+
+    def __post_init__(self) -> None:
+        _check_activation("text_config", self.hidden_act)
+        if isinstance(self.moe, dict):
+            object.__setattr__(self, "moe", _from_dict(MoEConfig, self.moe, "text_config.moe"))
+
+    @property
+    def sparse_layers(self) -> list[int]:
+        """The indices of the layers whose FFN is a mixture of experts."""
+        return self.moe.layers(self.num_hidden_layers) if self.moe else []
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """A CLIP or a SigLIP vision transformer; ``model_type`` tells which (class token and pre-norm, or neither)."""
+
+    model_type: Literal["clip_vision_model", "siglip_vision_model"]
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    image_size: int
+    patch_size: int
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        _check_activation("vision_config", self.hidden_act)
+        if self.model_type not in ("clip_vision_model", "siglip_vision_model"):
+            raise UserError(
+                f"vision_config.model_type: {self.model_type!r} is not 'clip_vision_model' or 'siglip_vision_model'"
+            )
+
+    @property
+    def is_clip(self) -> bool:
+        return self.model_type == "clip_vision_model"
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Tower, projector and decoder, joined.
+
+    Attributes:
+        image_token_index: the token id that stands for one image feature in a prompt.
+        vision_feature_layer: which hidden state of the tower is used; -2 is LLaVA's, -1 the last.
+        vision_feature_select_strategy: "default" drops CLIP's class token, "full" keeps it.
+        projector_hidden_act: activation of the projector; LLaVA's is the exact (erf) GELU.
+        scale_image_features: multiply image features by sqrt(hidden_size), as transformers before 5.4 did for Gemma
+            decoders and later ones do not. The same weights answer differently under the two.
+        extra: descriptive keys that came with ``config.json``; written back, never interpreted.
+    """
+
+    text_config: TextConfig
+    vision_config: VisionConfig
+    image_token_index: int
+    vision_feature_layer: int = -2
+    vision_feature_select_strategy: Literal["default", "full"] = "default"
+    projector_hidden_act: str = "gelu"
+    scale_image_features: bool = False
+    extra: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        _check_activation("projector_hidden_act", self.projector_hidden_act)
+        layers = self.vision_config.num_hidden_layers
+        if not -layers - 1 <= self.vision_feature_layer <= layers:
+            raise UserError(f"vision_feature_layer: {self.vision_feature_layer} is outside a tower of {layers} layers")
+        if self.vision_feature_select_strategy not in ("default", "full"):
+            raise UserError(
+                f"vision_feature_select_strategy: {self.vision_feature_select_strategy!r} is not 'default' or 'full'"
+            )
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Positions that one image takes in the decoder's context."""
+        keeps_class_token = self.vision_config.is_clip and self.vision_feature_select_strategy == "full"
+        return self.vision_config.num_patches + keeps_class_token
+
+    @property
+    def num_vision_layers_used(self) -> int:
+        """Tower layers that run; the ones behind ``vision_feature_layer`` are neither run nor loaded."""
+        layer = self.vision_feature_layer
+        return layer if layer >= 0 else self.vision_config.num_hidden_layers + 1 + layer
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> ModelConfig:
+        """Build from the contents of a ``config.json``; raises ``UserError`` that names the key."""
+        data = dict(data)
+        model_type = data.pop("model_type", MODEL_TYPE)
+        if model_type != MODEL_TYPE:
+            raise UserError(f"model_type: {model_type!r} is not {MODEL_TYPE!r}; convert it first with `gm-mlx convert`")
+        for key, kind in (("text_config", TextConfig), ("vision_config", VisionConfig)):
+            if not isinstance(data.get(key), dict):
+                raise UserError(f"{key}: missing from the config")
+            data[key] = _from_dict(kind, data[key], key)
+        known = {f.name for f in dataclasses.fields(cls)} - {"extra"}
+        extra = {k: data.pop(k) for k in list(data) if k not in known}
+        if unknown := [k for k in extra if k not in DESCRIPTIVE]:
+            raise UserError(f"unknown key {unknown[0]!r}; the model's shape would be guessed")
+        if "image_token_index" not in data:
+            raise UserError("image_token_index: missing from the config")
+        return cls(**data, extra=extra)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The contents of ``config.json``; ``from_dict`` reads it back to an equal config."""
+        data = dataclasses.asdict(self)
+        extra = data.pop("extra")
+        if data["text_config"]["moe"] is None:
+            del data["text_config"]["moe"]
+        return {"model_type": MODEL_TYPE, **data, **extra}
+
+    @classmethod
+    def load(cls, folder: Path) -> ModelConfig:
+        """Read ``folder/config.json``; raises ``UserError`` that names the file."""
+        path = Path(folder) / "config.json"
+        try:
+            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            raise UserError(f"{path}: not found; a model folder has a config.json") from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: not valid JSON ({error}); fetch or convert the model again") from None
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+
+
+T = TypeVar("T")
+
+
+def _from_dict(kind: type[T], data: dict[str, Any], where: str) -> T:
+    """Build dataclass ``kind``, refusing keys that would shape a model which this code does not build."""
+    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    if unknown := [k for k in data if k not in fields and k not in DESCRIPTIVE]:
+        raise UserError(f"{where}.{unknown[0]}: unknown key; the model's shape would be guessed")
+    required = [n for n, f in fields.items() if f.default is dataclasses.MISSING]
+    if missing := [n for n in required if n not in data]:
+        raise UserError(f"{where}.{missing[0]}: missing from the config")
+    for name, value in data.items():
+        wanted = fields[name].type if name in fields else None
+        if wanted == "int" and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+            raise UserError(f"{where}.{name}: {value!r} is not a whole number")
+    return kind(**{k: v for k, v in data.items() if k in fields})
+
+
+def _check_activation(where: str, name: str) -> None:
+    if name not in ACTIVATIONS:
+        raise UserError(f"{where}: activation {name!r} is not one of {list(ACTIVATIONS)}")
+
+
+CLIP_L_336 = VisionConfig(
+    model_type="clip_vision_model",
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    image_size=336,
+    patch_size=14,
+)
+
+
+def _llava_gm(text: TextConfig) -> ModelConfig:
+    """LLaVA-GM as its paper describes it: CLIP-L/336, true Gemma sizes, 4 experts, top-2, layers 0, 2, 4, ...
+
+    Gemma's vocabulary has no image token, so one row is added, padded to 64 as LLaVA-Gemma's authors do.
+    """
+    return ModelConfig(text_config=text, vision_config=CLIP_L_336, image_token_index=256000, scale_image_features=True)
+
+
+PRESETS = {
+    "llava-gm-2b": _llava_gm(
+        TextConfig(
+            hidden_size=2048,
+            intermediate_size=16384,
+            num_hidden_layers=18,
+            num_attention_heads=8,
+            num_key_value_heads=1,
+            head_dim=256,
+            vocab_size=256064,
+            moe=MoEConfig(),
+        )
+    ),
+    "llava-gm-7b": _llava_gm(
+        TextConfig(
+            hidden_size=3072,
+            intermediate_size=24576,
+            num_hidden_layers=28,
+            num_attention_heads=16,
+            num_key_value_heads=16,
+            head_dim=256,
+            vocab_size=256064,
+            moe=MoEConfig(),
+        )
+    ),
+    "gm-tiny": ModelConfig(
+        text_config=TextConfig(
+            hidden_size=256,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=1,
+            head_dim=64,
+            vocab_size=768,
+            max_position_embeddings=1024,
+            moe=MoEConfig(router_rank=3),
+        ),
+        vision_config=VisionConfig(
+            model_type="siglip_vision_model",
+            hidden_size=192,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=3,
+            image_size=64,
+            patch_size=8,
+            hidden_act="gelu_pytorch_tanh",
+            layer_norm_eps=1e-6,
+        ),
+        image_token_index=6,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    ),
+}

@@ -1,0 +1,129 @@
+"""The decoder: Gemma-1 (GemmaModel in transformers), with dense or sparse feed-forward layers in one block class.
+
+What is special in Gemma-1 (see the parity tests for each):
+- RMSNorm multiplies by (1 + weight), in float32;
+- token embeddings are multiplied by sqrt(hidden_size), rounded to the activation dtype;
+- the feed-forward network is a GeGLU with the tanh GELU; head_dim is a number of its own; the head is tied.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from gm_mlx._mlx_lm import create_attention_mask, scaled_dot_product_attention
+from gm_mlx.config import TextConfig
+from gm_mlx.moe import MLP, SparseMLP
+from gm_mlx.router import Routing
+
+Cache = list[Any]  # one mlx-lm cache object per layer
+
+
+class RMSNorm(nn.Module):
+    """Gemma's RMSNorm: weights are stored as an offset from one (GemmaRMSNorm)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = mx.zeros((size,))
+        self.eps = eps
+
+    def __call__(self, x: mx.array) -> mx.array:
+        # 1 + weight in half precision would lose the weight's low bits, so the sum is made in float32.
+        return mx.fast.rms_norm(x, 1.0 + self.weight.astype(mx.float32), self.eps).astype(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal attention with shared key/value heads and rotary positions over the whole head (GemmaAttention)."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        size, dim = config.hidden_size, config.head_dim
+        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.scale = dim**-0.5
+        self.q_proj = nn.Linear(size, self.num_heads * dim, bias=False)
+        self.k_proj = nn.Linear(size, self.num_kv_heads * dim, bias=False)
+        self.v_proj = nn.Linear(size, self.num_kv_heads * dim, bias=False)
+        self.o_proj = nn.Linear(self.num_heads * dim, size, bias=False)
+        self.rope = nn.RoPE(dim, traditional=False, base=config.rope_theta)
+
+    def __call__(self, x: mx.array, mask: mx.array | str | None, cache: Any = None) -> mx.array:
+        batch, length, _ = x.shape
+        q = self.q_proj(x).reshape(batch, length, self.num_heads, -1).swapaxes(1, 2)  # [B, H, L, Dh]
+        k = self.k_proj(x).reshape(batch, length, self.num_kv_heads, -1).swapaxes(1, 2)  # [B, Hkv, L, Dh]
+        v = self.v_proj(x).reshape(batch, length, self.num_kv_heads, -1).swapaxes(1, 2)
+        offset = cache.offset if cache is not None else 0
+        q, k = self.rope(q, offset=offset), self.rope(k, offset=offset)
+        if cache is not None:
+            k, v = cache.update_and_fetch(k, v)
+        y = scaled_dot_product_attention(q, k, v, cache=cache, scale=self.scale, mask=mask)
+        return self.o_proj(y.swapaxes(1, 2).reshape(batch, length, -1))
+
+
+class Block(nn.Module):
+    """A pre-norm decoder layer (GemmaDecoderLayer); the config says whether its feed-forward network is sparse."""
+
+    def __init__(self, config: TextConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        sparse = config.moe is not None and layer in config.sparse_layers
+        self.mlp = SparseMLP(config, config.moe, layer) if sparse else MLP(config)  # type: ignore[arg-type]
+
+    def __call__(
+        self, x: mx.array, mask: mx.array | str | None, cache: Any = None, trace: list[Routing] | None = None
+    ) -> mx.array:
+        x = x + self.self_attn(self.input_layernorm(x), mask, cache)
+        h = self.post_attention_layernorm(x)
+        return x + (self.mlp(h, trace) if isinstance(self.mlp, SparseMLP) else self.mlp(h))
+
+
+class DecoderStack(nn.Module):
+    """Embeddings, blocks and the last norm (GemmaModel)."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = [Block(config, i) for i in range(config.num_hidden_layers)]
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def __call__(
+        self, x: mx.array, cache: Cache | None = None, trace: list[Routing] | None = None
+    ) -> mx.array:
+        """Hidden states [B, L, D] of embeddings [B, L, D], normalised and ready for the head."""
+        caches = cache or [None] * len(self.layers)
+        mask = create_attention_mask(x, caches[0])
+        for block, block_cache in zip(self.layers, caches, strict=True):
+            x = block(x, mask, block_cache, trace)
+        return self.norm(x)
+
+
+class LanguageModel(nn.Module):
+    """The decoder with its head (GemmaForCausalLM)."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.scale = config.hidden_size**0.5
+        self.model = DecoderStack(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The dtype of activations. A norm tells it: the dtype of a quantized weight is that of its packing."""
+        return self.model.norm.weight.dtype
+
+    @property
+    def embedding_scale(self) -> mx.array:
+        """sqrt(hidden_size), rounded to the activation dtype as transformers does since 4.39."""
+        return mx.array(self.scale, dtype=self.dtype)
+
+    def embed(self, ids: mx.array) -> mx.array:
+        """Scaled token embeddings [B, L, D] of ids [B, L]."""
+        return self.model.embed_tokens(ids).astype(self.dtype) * self.embedding_scale
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """Logits [B, L, V] of hidden states [B, L, D]. 256,000 wide in Gemma: pass the rows that are needed."""
+        return self.lm_head(hidden) if "lm_head" in self else self.model.embed_tokens.as_linear(hidden)

@@ -1,0 +1,73 @@
+"""Feed-forward networks of the decoder: dense, and as a mixture of experts.
+
+The experts are mlx-lm's ``SwitchGLU``: weights stacked [E, out, in], tokens sorted by expert from 64 assignments up so
+that each expert's weights are read once. Everything stays lazy: no index ever comes to the host.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from gm_mlx._mlx_lm import SwitchGLU
+from gm_mlx.activations import ACTIVATIONS
+from gm_mlx.config import MoEConfig, TextConfig
+from gm_mlx.router import Routing, choose, make_router
+
+
+class GLU:
+    """``activation(gate) * up`` in the argument order that ``SwitchGLU`` calls."""
+
+    def __init__(self, activation: str) -> None:
+        self.activation = ACTIVATIONS[activation]
+
+    def __call__(self, up: mx.array, gate: mx.array) -> mx.array:
+        return self.activation(gate) * up
+
+
+class MLP(nn.Module):
+    """Gated feed-forward network (GemmaMLP: GeGLU with the tanh GELU)."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.activation = GLU(config.hidden_act)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.down_proj(self.activation(self.up_proj(x), self.gate_proj(x)))
+
+
+class SparseMLP(nn.Module):
+    """A mixture of experts in the place of an MLP (deepspeed.moe.layer.MoE).
+
+    With ``use_residual`` a dense FFN runs beside the experts and ``softmax(coefficient(x))`` mixes the two.
+    """
+
+    def __init__(self, config: TextConfig, moe: MoEConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.top_k = moe.top_k
+        self.norm_topk_prob = moe.norm_topk_prob
+        self.gate = make_router(moe, config.hidden_size)
+        self.switch_mlp = SwitchGLU(
+            config.hidden_size, config.intermediate_size, moe.num_experts, activation=GLU(config.hidden_act)
+        )
+        if moe.use_residual:
+            self.mlp = MLP(config)
+            # A raw pair of arrays for the reason that routers are: it is never quantized.
+            self.coefficient = {"weight": mx.zeros((2, config.hidden_size)), "bias": mx.zeros((2,))}
+
+    def __call__(self, x: mx.array, trace: list[Routing] | None = None) -> mx.array:
+        """[B, L, D] to [B, L, D]; appends this layer's ``Routing`` to ``trace`` when one is given."""
+        probabilities, experts, weights = choose(self.gate(x), self.top_k, self.norm_topk_prob)
+        if trace is not None:
+            trace.append(Routing(self.layer, probabilities, experts, weights))
+        y = self.switch_mlp(x, experts)  # [B, L, k, D]
+        y = (y * weights[..., None].astype(y.dtype)).sum(axis=-2)  # [B, L, D]
+        if "mlp" not in self:
+            return y
+        mix = x.astype(mx.float32) @ self.coefficient["weight"].astype(mx.float32).T + self.coefficient["bias"]
+        mix = mx.softmax(mix, axis=-1).astype(y.dtype)  # [B, L, 2]
+        return y * mix[..., :1] + self.mlp(x) * mix[..., 1:]

@@ -1,0 +1,144 @@
+"""Routers: which experts a token goes to, and with what weight.
+
+The rule is DeepSpeed 0.9.5's gate (deepspeed/moe/sharded_moe.py), made deterministic: softmax in float32, the k largest
+logits win, the lower index wins a tie. DeepSpeed adds Gumbel noise when it draws the second expert, even in evaluation,
+so its answers cannot be repeated; the second largest logit is what that draw returns most often.
+
+A low-rank router computes ``(x U) V`` instead of ``x W^T``. Softmax does not see what is common to all logits, so the
+router's rows are centred first. Centred rows sum to zero, hence have rank E - 1 at most: with rank E - 1 nothing is
+lost, and below it the truncated SVD is the best approximation there is.
+
+Both routers hold raw arrays and no ``nn.Linear``, so that quantization and LoRA, which look for linears, leave them
+alone: a router in 4 bits sends tokens to the wrong experts.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from gm_mlx.config import MoEConfig
+
+FLOAT32_EPS = float(np.finfo(np.float32).eps)
+
+
+class Routing(NamedTuple):
+    """Where the tokens of one sparse layer went.
+
+    Attributes:
+        layer: index of the decoder layer.
+        probabilities: softmax over all experts, float32 [..., E].
+        experts: chosen experts, best first, uint32 [..., k].
+        weights: their weights in the output, float32 [..., k].
+    """
+
+    layer: int
+    probabilities: mx.array
+    experts: mx.array
+    weights: mx.array
+
+
+class Router(nn.Module):
+    """One row of logits weights per expert, without bias (``gate.wg`` in DeepSpeed)."""
+
+    def __init__(self, hidden_size: int, num_experts: int) -> None:
+        super().__init__()
+        bound = hidden_size**-0.5
+        self.weight = mx.random.uniform(-bound, bound, (num_experts, hidden_size))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Logits float32 [..., E] of x [..., D]."""
+        return x.astype(mx.float32) @ self.weight.astype(mx.float32).T
+
+
+class LowRankRouter(nn.Module):
+    """Logits through a bottleneck of ``rank`` numbers: ``(x U) V``."""
+
+    def __init__(self, hidden_size: int, num_experts: int, rank: int) -> None:
+        super().__init__()
+        bound = hidden_size**-0.5
+        self.u = mx.random.uniform(-bound, bound, (hidden_size, rank))
+        self.v = mx.random.uniform(-1, 1, (rank, num_experts))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Logits float32 [..., E] of x [..., D], up to a constant per token that softmax does not see."""
+        return (x.astype(mx.float32) @ self.u.astype(mx.float32)) @ self.v.astype(mx.float32)
+
+
+def make_router(config: MoEConfig, hidden_size: int) -> Router | LowRankRouter:
+    """The router that the config asks for."""
+    if config.router_rank:
+        return LowRankRouter(hidden_size, config.num_experts, config.router_rank)
+    return Router(hidden_size, config.num_experts)
+
+
+def low_rank(weight: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """Factors of a router: the best of their rank for routing.
+
+    Args:
+        weight: a full router's weight [E, D].
+        rank: 1 to E - 1; E - 1 is exact.
+
+    Returns:
+        ``u`` [D, rank] and ``v`` [rank, E], float32, with ``(x u) v`` equal to ``x weight^T`` up to a constant per
+        token.
+
+    Raises:
+        ValueError: when ``rank`` is outside 1..E-1.
+    """
+    if not 1 <= rank < len(weight):
+        raise ValueError(f"rank {rank} of a router with {len(weight)} experts is not between 1 and {len(weight) - 1}")
+    weight = weight.astype(np.float64)
+    left, singular, right = np.linalg.svd(weight - weight.mean(axis=0), full_matrices=False)
+    # The scale is split between the factors, so that neither becomes small in a half-precision file.
+    scale = np.sqrt(singular[:rank])
+    return (right[:rank].T * scale).astype(np.float32), (scale[:, None] * left[:, :rank].T).astype(np.float32)
+
+
+def choose(logits: mx.array, top_k: int, norm_topk_prob: bool) -> tuple[mx.array, mx.array, mx.array]:
+    """Pick the experts of each token.
+
+    Args:
+        logits: float32 [..., E].
+        top_k: experts per token.
+        norm_topk_prob: divide the chosen probabilities by their sum.
+
+    Returns:
+        probabilities [..., E], experts [..., k] (uint32) and weights [..., k], as in ``Routing``.
+    """
+    probabilities = mx.softmax(logits, axis=-1, precise=True)
+    # k rounds of argmax and not a sort: argmax takes the first of equals on every backend, and k is small.
+    candidates, chosen = mx.stop_gradient(logits), []
+    for _ in range(top_k):
+        chosen.append(mx.argmax(candidates, axis=-1, keepdims=True))
+        candidates = mx.where(mx.arange(logits.shape[-1]) == chosen[-1], -mx.inf, candidates)
+    experts = mx.stop_gradient(mx.concatenate(chosen, axis=-1))
+    weights = mx.take_along_axis(probabilities, experts, axis=-1)
+    if norm_topk_prob:
+        weights = weights / mx.maximum(weights.sum(axis=-1, keepdims=True), FLOAT32_EPS)
+    return probabilities, experts, weights
+
+
+def load_balancing_loss(trace: list[Routing], mask: mx.array | None = None) -> mx.array:
+    """The auxiliary loss that spreads tokens over experts, summed over layers (MoE-LLaVA eq. 9-11, DeepSpeed).
+
+    Per layer E * sum_e mean(p_e) * mean(e is the first choice): 1 when balanced, E when one expert takes all.
+
+    Args:
+        trace: one ``Routing`` per sparse layer.
+        mask: [...] of 0 and 1; tokens with 0, such as padding, do not count.
+    """
+    total = mx.array(0.0)
+    for routing in trace:
+        num_experts = routing.probabilities.shape[-1]
+        first = (routing.experts[..., :1] == mx.arange(num_experts)).astype(mx.float32)  # [..., E]
+        weight = mx.ones(first.shape[:-1]) if mask is None else mask.astype(mx.float32)
+        share = weight[..., None] / mx.maximum(weight.sum(), 1.0)
+        axes = tuple(range(first.ndim - 1))
+        importance = (routing.probabilities * share).sum(axis=axes)
+        load = (first * share).sum(axis=axes)
+        total = total + num_experts * (importance * load).sum()
+    return total

@@ -1,0 +1,1 @@
+"""Training: conversations to batches, stages, one loop."""

@@ -1,0 +1,1 @@
+"""Quantization recipes, low-rank routers and their quality reports."""
