@@ -10,8 +10,9 @@ Sources: the conversation templates of LLaVA (v1, plain), LLaVA-Gemma (gemma) an
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from gm_mlx.errors import UserError
@@ -86,21 +87,25 @@ class ChatTemplate:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ChatTemplate:
         """Builds a template from JSON values; unknown keys and wrong types are a ``UserError``."""
-        types = {field.name: type(getattr(GEMMA, field.name)) for field in fields(cls)}
+        types = {key: type(value) for key, value in asdict(cls(name="")).items()}
+        known: dict[str, Any] = {}
         for key, value in values.items():
             if key not in types:
                 raise UserError(f"chat_template: unknown key '{key}'; known are {', '.join(types)}")
             wanted = list if types[key] is tuple else types[key]
             if not isinstance(value, wanted) or (wanted is list and not all(isinstance(item, str) for item in value)):
-                raise UserError(f"chat_template: '{key}' must be a {wanted.__name__}, not {value!r}")
-        if "name" not in values:
+                raise UserError(f"chat_template: '{key}' is {value!r}; it must be a {_JSON_NAMES[wanted]}")
+            known[key] = tuple(value) if wanted is list else value
+        if "name" not in known:
             raise UserError("chat_template: the key 'name' is missing; add one, for example \"gemma\"")
-        return cls(**{key: tuple(value) if types[key] is tuple else value for key, value in values.items()})
+        return cls(**known)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as JSON values."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
+
+_JSON_NAMES: dict[type, str] = {str: "string", bool: "boolean", list: "list of strings"}
 
 GEMMA = ChatTemplate(
     name="gemma",
@@ -149,8 +154,8 @@ def render(
     """
     system, turns = _checked(messages)
     parts = [_parts(message) for message in turns]
-    if turns and not any(part is None for message in parts for part in message):
-        parts[0] = [None] * num_images + parts[0]
+    if not any(part is None for message in parts for part in message):
+        parts[0] = [*[None] * num_images, *parts[0]]
     slots = sum(part is None for message in parts for part in message)
     if slots != num_images:
         raise UserError(
@@ -158,8 +163,8 @@ def render(
             f"{'was' if num_images == 1 else 'were'} given; give one image per slot"
         )
 
-    system_text = [Segment("text", system if system is not None else template.system)]
-    system_text = [*system_text, Segment("template", template.system_end)] if system_text[0].text else []
+    system = template.system if system is None else system
+    system_text = [Segment("text", system), Segment("template", template.system_end)] if system else []
     segments = [Segment("template", BOS)] if template.bos else []
     if not template.system_in_user:
         segments += system_text
@@ -192,16 +197,14 @@ def _checked(messages: Sequence[Message]) -> tuple[str | None, list[Message]]:
     turns = list(messages)
     system = None
     if turns[0]["role"] == "system":
-        system_parts = _parts(turns.pop(0))
-        if None in system_parts:
-            raise UserError("message 1: a system message cannot hold an image; move it to a user message")
-        system = "".join(part for part in system_parts if part)
+        system = "".join(part for part in _parts(turns.pop(0)) if part)
+    skipped = len(messages) - len(turns)
     for index, message in enumerate(turns):
-        wanted = "assistant" if index % 2 else "user"
-        if message["role"] != wanted:
+        due = "assistant" if index % 2 else "user"
+        if message["role"] != due:
             raise UserError(
-                f"message {index + 1 + len(messages) - len(turns)}: its role is {message['role']!r} where {wanted!r} is "
-                "due; after an optional system message, user and assistant messages must alternate"
+                f"message {index + skipped + 1}: its role is {message['role']!r} where {due!r} is due; user and "
+                "assistant messages must alternate, after a system message or none"
             )
     if not turns:
         raise UserError("the conversation has a system message only; add a user message")
@@ -215,29 +218,30 @@ def _parts(message: Message) -> list[str | None]:
         return [content]
     if not isinstance(content, list | tuple):
         raise UserError(f"{message['role']} message: its content must be a text or a list of parts, not {content!r}")
+    image_allowed = message["role"] == "user"
     parts: list[str | None] = []
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind == "image" and message["role"] != "assistant":
+        if kind == "image" and image_allowed:
             parts.append(None)
         elif kind == "text" and isinstance(part.get("text"), str):
             parts.append(part["text"])
         else:
             raise UserError(
-                f"{message['role']} message: {part!r} is no part; use "
-                + ('{"type": "text", "text": ...}' if message["role"] == "assistant" else _PART_FORMS)
+                f"{message['role']} message: {part!r} does not belong there; use {_PARTS_OF[image_allowed]}"
             )
     return parts
 
 
-_PART_FORMS = '{"type": "image"} or {"type": "text", "text": ...}'
+_PARTS_OF = {False: '{"type": "text", "text": ...}', True: '{"type": "image"} or {"type": "text", "text": ...}'}
 
 
 def _user_segments(template: ChatTemplate, parts: list[str | None]) -> list[Segment]:
-    leading = next((index for index, part in enumerate(parts) if part is not None), len(parts))
     segments = [Segment("image") if part is None else Segment("text", part) for part in parts]
-    if leading and not (leading < len(parts) and (parts[leading] or "").startswith(template.image_end)):
-        segments.insert(leading, Segment("template", template.image_end))
+    in_front = next((index for index, part in enumerate(parts) if part is not None), len(parts))
+    follows = parts[in_front] if in_front < len(parts) else None
+    if in_front and not (follows or "").startswith(template.image_end):
+        segments.insert(in_front, Segment("template", template.image_end))
     return segments
 
 
@@ -247,14 +251,12 @@ def _count(number: int, noun: str) -> str:
 
 def to_text(segments: Sequence[Segment], bos_token: str, eos_token: str, image_token: str = "<image>") -> str:
     """Writes segments as one string, for people and for tools that know strings only."""
-    return "".join(
-        image_token
-        if segment.kind == "image"
-        else segment.text
-        if segment.kind == "text"
-        else segment.text.replace(BOS, bos_token).replace(EOS, eos_token)
-        for segment in segments
-    )
+    write = {
+        "image": lambda text: image_token,
+        "text": lambda text: text,
+        "template": lambda text: text.replace(BOS, bos_token).replace(EOS, eos_token),
+    }
+    return "".join(write[segment.kind](segment.text) for segment in segments)
 
 
 def to_jinja(template: ChatTemplate, image_token: str = "<image>") -> str:
@@ -263,46 +265,63 @@ def to_jinja(template: ChatTemplate, image_token: str = "<image>") -> str:
     The text renders the same string as ``to_text(render(...))`` for a conversation whose image slots are explicit.
     It needs the variables ``messages``, ``add_generation_prompt``, ``bos_token`` and ``eos_token``.
     """
-    out = {
-        key: _jinja_expression(value) if isinstance(value, str) else value for key, value in asdict(template).items()
-    }
-    system = [
-        "{%- if system -%}{{- system + " + out["system_end"] + " -}}{%- endif -%}",
-    ]
-    return "".join(
-        [
-            "{%- macro text_of(content) -%}{%- if content is string -%}{{- content -}}{%- else -%}"
-            "{%- for part in content -%}{{- part.text if part.type == 'text' else '' -}}{%- endfor -%}"
-            "{%- endif -%}{%- endmacro -%}",
-            "{{- bos_token -}}" if template.bos else "",
-            f"{{%- set system = {out['system']} -%}}{{%- set turns = messages -%}}",
-            "{%- if messages[0].role == 'system' -%}{%- set system = text_of(messages[0].content) -%}"
-            "{%- set turns = messages[1:] -%}{%- endif -%}",
-            *([] if template.system_in_user else system),
-            "{%- for message in turns -%}",
-            "{%- if message.role == 'assistant' -%}",
-            f"{{{{- {out['answer_start']} + text_of(message.content) + {out['answer_end']} + {out['answer_after']} -}}}}",
-            "{%- else -%}",
-            f"{{{{- {out['user_start']} -}}}}",
-            *(["{%- if loop.first -%}", *system, "{%- endif -%}"] if template.system_in_user else []),
-            "{%- if message.content is string -%}{{- message.content -}}{%- else -%}",
-            "{%- set state = namespace(leading=true, images=false) -%}",
-            "{%- for part in message.content -%}",
-            "{%- if part.type == 'image' -%}",
-            f"{{%- if state.leading -%}}{{%- set state.images = true -%}}{{%- endif -%}}{{{{- {json.dumps(image_token)} -}}}}",
-            "{%- else -%}",
-            "{%- if state.leading and state.images and not part.text.startswith(" + out["image_end"] + ") -%}",
-            f"{{{{- {out['image_end']} -}}}}{{%- endif -%}}{{%- set state.leading = false -%}}",
-            "{{- part.text -}}{%- endif -%}{%- endfor -%}",
-            f"{{%- if state.leading and state.images -%}}{{{{- {out['image_end']} -}}}}{{%- endif -%}}",
-            "{%- endif -%}",
-            f"{{{{- {out['user_end']} -}}}}",
-            f"{{%- if add_generation_prompt or not loop.last -%}}{{{{- {out['assistant_start']} -}}}}{{%- endif -%}}",
-            "{%- endif -%}{%- endfor -%}",
-        ]
-    )
+    values = {key: _jinja_literal(value) for key, value in asdict(template).items()}
+    values["image_token"] = _jinja_literal(image_token)
+    return re.sub("@([a-z_]+)@", lambda match: values[match[1]], _JINJA)
 
 
-def _jinja_expression(text: str) -> str:
-    """Returns a jinja expression for a template string, with EOS as the variable."""
-    return " + eos_token + ".join(json.dumps(part, ensure_ascii=False) for part in text.split(EOS))
+def _jinja_literal(value: Any) -> str:
+    """Returns a jinja expression for a field, with EOS as the variable of that name."""
+    if isinstance(value, str):
+        return " + eos_token + ".join(json.dumps(part, ensure_ascii=False) for part in value.split(EOS))
+    return json.dumps(value)
+
+
+# @field@ stands for the field's value. Every tag trims the white space around it, so the layout here is free.
+_JINJA = """\
+{%- macro text_of(content) -%}
+  {%- if content is string -%} {{- content -}}
+  {%- else -%} {%- for part in content -%} {{- part.text -}} {%- endfor -%}
+  {%- endif -%}
+{%- endmacro -%}
+
+{%- macro user_content(content) -%}
+  {%- if content is string -%} {{- content -}}
+  {%- else -%}
+    {%- set state = namespace(in_front=true, images=false) -%}
+    {%- for part in content -%}
+      {%- if part.type == "image" -%}
+        {%- set state.images = state.images or state.in_front -%}
+        {{- @image_token@ -}}
+      {%- else -%}
+        {%- if state.in_front and state.images and not part.text.startswith(@image_end@) -%} {{- @image_end@ -}}
+        {%- endif -%}
+        {%- set state.in_front = false -%}
+        {{- part.text -}}
+      {%- endif -%}
+    {%- endfor -%}
+    {%- if state.in_front and state.images -%} {{- @image_end@ -}} {%- endif -%}
+  {%- endif -%}
+{%- endmacro -%}
+
+{%- set system = @system@ -%}
+{%- set turns = messages -%}
+{%- if messages[0].role == "system" -%}
+  {%- set system = text_of(messages[0].content) -%}
+  {%- set turns = messages[1:] -%}
+{%- endif -%}
+{%- if system -%} {%- set system = system + @system_end@ -%} {%- endif -%}
+
+{%- if @bos@ -%} {{- bos_token -}} {%- endif -%}
+{%- if not @system_in_user@ -%} {{- system -}} {%- endif -%}
+{%- for message in turns -%}
+  {%- if message.role == "assistant" -%}
+    {{- @answer_start@ + text_of(message.content) + @answer_end@ + @answer_after@ -}}
+  {%- else -%}
+    {{- @user_start@ -}}
+    {%- if loop.first and @system_in_user@ -%} {{- system -}} {%- endif -%}
+    {{- user_content(message.content) + @user_end@ -}}
+    {%- if add_generation_prompt or not loop.last -%} {{- @assistant_start@ -}} {%- endif -%}
+  {%- endif -%}
+{%- endfor -%}
+"""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -190,6 +191,8 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ModelConfig:
         """Build from the contents of a ``config.json``; raises ``UserError`` that names the key."""
+        if not isinstance(data, dict):
+            raise UserError("the config is not a JSON object")
         data = dict(data)
         model_type = data.pop("model_type", MODEL_TYPE)
         if model_type != MODEL_TYPE:
@@ -204,6 +207,7 @@ class ModelConfig:
             raise UserError(f"unknown key {unknown[0]!r}; the model's shape would be guessed")
         if "image_token_index" not in data:
             raise UserError("image_token_index: missing from the config")
+        _check_types(cls, data, "")
         return cls(**data, extra=extra)
 
     def to_dict(self) -> dict[str, Any]:
@@ -239,11 +243,36 @@ def _from_dict(kind: type[T], data: dict[str, Any], where: str) -> T:
     required = [n for n, f in fields.items() if f.default is dataclasses.MISSING]
     if missing := [n for n in required if n not in data]:
         raise UserError(f"{where}.{missing[0]}: missing from the config")
-    for name, value in data.items():
-        wanted = fields[name].type if name in fields else None
-        if wanted == "int" and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
-            raise UserError(f"{where}.{name}: {value!r} is not a whole number")
+    _check_types(kind, data, f"{where}.")
     return kind(**{k: v for k, v in data.items() if k in fields})
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+# What JSON may hold for a field, by the field's annotation; annotations that are not here are strings.
+JSON_TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "int": ("a whole number", _is_int),
+    "float": ("a number", lambda value: _is_int(value) or isinstance(value, float)),
+    "bool": ("true or false", lambda value: isinstance(value, bool)),
+    "tuple[int, ...]": ("a list of whole numbers", lambda v: isinstance(v, list | tuple) and all(map(_is_int, v))),
+    "MoEConfig | None": ("a table", lambda value: value is None or isinstance(value, dict)),
+}
+
+
+def _check_types(kind: type, data: dict[str, Any], where: str) -> None:
+    """Refuse a value of the wrong type: "false" in quotes would be true."""
+    for f in dataclasses.fields(kind):
+        if f.name not in data or f.name in ("text_config", "vision_config"):
+            continue
+        value = data[f.name]
+        name, fits = JSON_TYPES.get(str(f.type), ("a string", lambda value: isinstance(value, str)))
+        if not fits(value):
+            raise UserError(f"{where}{f.name}: {value!r} is not {name}")
+        # Only a hidden state may be counted from the end.
+        if f.type == "int" and value < 0 and f.name != "vision_feature_layer":
+            raise UserError(f"{where}{f.name}: {value!r} is negative")
 
 
 def _check_activation(where: str, name: str) -> None:

@@ -57,7 +57,7 @@ class Attention(nn.Module):
         q, k = self.rope(q, offset=offset), self.rope(k, offset=offset)
         if cache is not None:
             k, v = cache.update_and_fetch(k, v)
-        y = scaled_dot_product_attention(q, k, v, cache=cache, scale=self.scale, mask=mask)
+        y = scaled_dot_product_attention(q, k, v, cache=cache, scale=self.scale, mask=mask)  # type: ignore[arg-type]
         return self.o_proj(y.swapaxes(1, 2).reshape(batch, length, -1))
 
 
@@ -89,9 +89,7 @@ class DecoderStack(nn.Module):
         self.layers = [Block(config, i) for i in range(config.num_hidden_layers)]
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def __call__(
-        self, x: mx.array, cache: Cache | None = None, trace: list[Routing] | None = None
-    ) -> mx.array:
+    def __call__(self, x: mx.array, cache: Cache | None = None, trace: list[Routing] | None = None) -> mx.array:
         """Hidden states [B, L, D] of embeddings [B, L, D], normalised and ready for the head."""
         caches = cache or [None] * len(self.layers)
         mask = create_attention_mask(x, caches[0])

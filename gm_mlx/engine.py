@@ -2,21 +2,28 @@
 
 An engine is given the whole conversation each time and finds out by itself how much of it it has already seen: it keeps
 the key/value cache of its last prompt and prefills only what differs from there on. So callers hold no state, and an
-engine on another runtime fits behind the same three members.
+engine on another runtime fits behind the same few members.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
+
+from gm_mlx.errors import UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from gm_mlx.images import ImageSource
     from gm_mlx.processor import Message
 
 FinishReason = Literal["stop", "length"]
+
+Progress = Callable[[str, int, int], None]
+"""Told the phase ("load", "encode" or "prefill"), what is done and the whole: bytes, images or positions."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,23 @@ class Sampling:
     repetition_penalty: float = 1.0
     repetition_context: int = 64
     seed: int | None = None
+
+    def __post_init__(self) -> None:
+        allowed = {
+            "max_tokens": (self.max_tokens >= 1, "1 or more"),
+            "temperature": (0 <= self.temperature < math.inf, "0 or more"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "top_k": (self.top_k >= 0, "0 or more"),
+            "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
+            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "above 0"),
+            "repetition_context": (self.repetition_context >= 1, "1 or more"),
+        }
+        for name, (valid, rule) in allowed.items():
+            if not valid:
+                raise UserError(f"{name}: {getattr(self, name)} is not {rule}")
+
+
+GREEDY = Sampling()
 
 
 @dataclass
@@ -100,7 +124,7 @@ class Engine(Protocol):
         self,
         messages: Sequence[Message],
         images: Sequence[Image] = (),
-        sampling: Sampling = Sampling(),
+        sampling: Sampling = GREEDY,
     ) -> Iterator[Piece]:
         """Answer the last message of a conversation.
 
@@ -115,6 +139,14 @@ class Engine(Protocol):
         Raises:
             UserError: images and slots differ in number, or the prompt does not fit the context.
         """
+        ...
+
+    def open_image(self, source: ImageSource) -> Image:
+        """Decode an image as the model wants it: RGB and upright; raises ``UserError`` that names the file."""
+        ...
+
+    def notices(self, images: Sequence[Image] = ()) -> list[str]:
+        """Lines that a user should see, each returned once: about the engine, or about images like these."""
         ...
 
     def close(self) -> None:

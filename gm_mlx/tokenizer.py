@@ -75,14 +75,15 @@ class Tokenizer:
             text = " " + text
         return self._encode(text.encode("utf-8", errors="replace").decode("utf-8"))
 
-    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+    def decode(self, ids: Iterable[int], skip_special: bool = True, *, continues: bool = False) -> str:
         """Decodes ids; the exact concatenation of what a ``Detokenizer`` streams.
 
         Args:
             ids: Token ids. Ids outside of the vocabulary (image slots, padded embedding rows) give no text.
             skip_special: Leave control tokens out; otherwise their names are written.
+            continues: The ids go on after other text, so a leading space is part of the text.
         """
-        stream = Detokenizer(self, skip_special=skip_special)
+        stream = Detokenizer(self, skip_special=skip_special, continues=continues)
         return "".join([*(stream.add(token) for token in ids), stream.finish()])
 
     def id_of(self, piece: str) -> int | None:
@@ -118,11 +119,11 @@ class Detokenizer:
     UTF-8 become U+FFFD.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True, continues: bool = False) -> None:
         self._tokenizer = tokenizer
         self._skip_special = skip_special
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._drop_space = tokenizer.prefix_space
+        self._drop_space = tokenizer.prefix_space and not continues
 
     def add(self, token: int) -> str:
         """Takes the next id and returns the text that it completes, which may be empty."""
@@ -304,22 +305,22 @@ def _from_tokenizers(path: Path, files: dict[str, bytes], settings: _Settings, p
 
 def _without_prefix(node: Any) -> bool:
     """Switches every leading-space rule of a ``tokenizer.json`` off, in place; tells whether there was one."""
-    if isinstance(node, list):
-        return any([_without_prefix(child) for child in node])
-    if not isinstance(node, dict):
-        return False
-    found = False
-    if node.get("type") == "Prepend" and node.get("prepend") == _SPACE:
-        node["prepend"] = ""
-        found = True
-    if node.get("type") == "Metaspace":
-        found = node.get("prepend_scheme", "always" if node.get("add_prefix_space", True) else "never") != "never"
-        node["prepend_scheme"] = "never"
-        node.pop("add_prefix_space", None)
-    return any([found, *(_without_prefix(node.get(key)) for key in _PREFIX_HOLDERS)])
+    children = node if isinstance(node, list) else [node.get(key) for key in _PREFIX_HOLDERS] if node else []
+    found = [_without_prefix(child) for child in children]
+    for kind, key, off in _PREFIX_RULES:
+        if isinstance(node, dict) and node.get("type") == kind and key in node:
+            found.append(node[key] not in (off, False))
+            node[key] = off
+    return any(found)
 
 
-_PREFIX_HOLDERS = ("normalizer", "pre_tokenizer", "decoder", "normalizers", "pretokenizers", "decoders")
+_PREFIX_HOLDERS = ("normalizer", "pre_tokenizer", "normalizers", "pretokenizers")
+_PREFIX_RULES = (
+    ("Prepend", "prepend", ""),
+    ("Metaspace", "prepend_scheme", "never"),
+    ("Metaspace", "add_prefix_space", False),  # the older spelling
+    ("ByteLevel", "add_prefix_space", False),
+)
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -32,7 +32,9 @@ class Embeddings(nn.Module):
         size, patch = weight.shape[0], weight.shape[1]
         batch, height, width, _ = pixels.shape
         # Kernel and stride are equal, so the convolution is one matmul, which every backend has a fast gradient for.
-        x = pixels.reshape(batch, height // patch, patch, width // patch, patch, 3)
+        rows, columns = height // patch, width // patch
+        # SigLIP's 384 pixels are not a multiple of its 14: a convolution leaves the rest out, and so must this.
+        x = pixels[:, : rows * patch, : columns * patch].reshape(batch, rows, patch, columns, patch, 3)
         x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, patch * patch * 3)  # [B, N, P*P*3]
         x = x @ weight.reshape(size, -1).T  # [B, N, D]
         if "bias" in self.patch_embedding:

@@ -1,0 +1,135 @@
+"""What the commands share in talking to people: lines on stderr, colour where it is wanted, progress of slow phases."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from typing import TYPE_CHECKING, Annotated, TextIO
+
+import typer
+
+from gm_mlx.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+
+    from gm_mlx.engine import Stats
+
+# Before the command's name and after it: people add it to the end of a line that has just failed.
+Debug = Annotated[bool, typer.Option("--debug", help="Show where an error came from.")]
+
+CODES = {"dim": "2", "bold": "1", "cyan": "36"}
+DELAY = 1.0  # seconds that a phase may take before it is shown
+PHASES = {"load": "Loading the model", "encode": "Looking at the image", "prefill": "Reading the prompt"}
+
+
+def say(text: str) -> None:
+    """Prints a line to stderr: stdout carries answers only."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def one_line(text: str) -> str:
+    """Returns the text with every run of white space, line ends included, as one space."""
+    return " ".join(text.split())
+
+
+def styled(text: str, style: str, stream: TextIO) -> str:
+    """Returns the text in a style of ``CODES`` where the stream is a terminal that shows colours and may."""
+    plain = not stream.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return text if plain else f"\x1b[{CODES[style]}m{text}\x1b[0m"
+
+
+def printable(text: str) -> str:
+    """Returns the text without control characters, with which a model could drive the terminal."""
+    return "".join(char for char in text if char >= " " and not "\x7f" <= char <= "\x9f" or char in "\n\t")
+
+
+def checked_text(text: str, name: str) -> str:
+    """Returns a prompt as it is; one that is empty or that is no text is a ``UserError``."""
+    if not text.strip():
+        raise UserError(f"{name} is empty; ask something")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"{name} is not UTF-8 text; check the terminal's encoding") from error
+    return text
+
+
+def size(num_bytes: int) -> str:
+    """Returns a number of bytes for people, in the units of memory (1 GB = 2**30 bytes)."""
+    value, units = float(num_bytes), ["KB", "MB", "GB"]
+    value /= 1024
+    while value >= 1000 and len(units) > 1:
+        value /= 1024
+        units.pop(0)
+    return f"{value:.3g} {units[0]}" if value < 100 else f"{value:.0f} {units[0]}"
+
+
+def stats_line(stats: Stats) -> str:
+    """Returns an answer's counts and rates as one line of less than 80 characters."""
+    return " | ".join(
+        [
+            f"first token {stats.seconds_to_first_token:.2f} s",
+            f"prefill {stats.prompt_tokens - stats.cached_tokens} tok at {stats.prefill_tokens_per_second:.0f}/s",
+            f"decode {stats.generated_tokens} tok at {stats.decode_tokens_per_second:.1f}/s",
+            f"peak {size(stats.peak_memory_bytes)}",
+        ]
+    )
+
+
+class Progress:
+    """The callback for ``progress(phase, done, total)``: shows a bar for phases that turn out to be slow.
+
+    Phases come one after the other. The bar appears on stderr, only when that is a terminal, and leaves no trace.
+    """
+
+    def __init__(self) -> None:
+        self._shows = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        self._lock = threading.Lock()
+        self._phase = ""
+        self._counts = (0, 0)
+        self._timer: threading.Timer | None = None
+        self._bar: RichProgress | None = None
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        if not self._shows:
+            return
+        if done >= total:
+            self.stop()
+            return
+        if phase != self._phase:
+            self.stop()
+            self._phase = phase
+            # A timer and not a look at the clock in here: a slow phase may call back only when it is over.
+            self._timer = threading.Timer(DELAY, self._show, [phase])
+            self._timer.daemon = True
+            self._timer.start()
+        with self._lock:
+            self._counts = (done, total)
+            if self._bar:
+                self._bar.update(self._bar.task_ids[0], completed=done, total=total)
+
+    def stop(self) -> None:
+        """Takes the bar away. Call it before anything else is printed."""
+        if self._timer:
+            self._timer.cancel()
+        with self._lock:
+            if self._bar:
+                self._bar.stop()
+            self._phase, self._bar, self._timer = "", None, None
+
+    def _show(self, phase: str) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as RichProgress
+
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+        with self._lock:
+            if self._phase != phase:  # over while rich was imported
+                return
+            self._bar = RichProgress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False)
+            done, total = self._counts
+            # A phase that can not say how far it is gets a bar that moves without an end.
+            self._bar.add_task(PHASES.get(phase, phase), completed=done, total=total if done or total > 1 else None)
+            self._bar.start()

@@ -1,0 +1,85 @@
+"""``gm-mlx info``: what runs here and on what, in a form to paste into a bug report."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from typing import Annotated, Any
+
+import typer
+
+from gm_mlx import __version__
+from gm_mlx.cli.console import Debug, size
+
+LABELS = {
+    "version": "gm-mlx",
+    "python": "Python",
+    "platform": "Platform",
+    "mlx": "MLX",
+    "mlx_lm": "mlx-lm",
+    "device": "Device",
+    "device_memory_bytes": "Device memory",
+    "memory_bytes": "Memory",
+    "blas": "BLAS",
+    "models_folder": "Downloaded models",
+    "gm_tiny": "gm-tiny",
+}
+
+
+def info(
+    system: Annotated[bool, typer.Option("--system", help="Say what runs here and on what; the default.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Say what runs here: versions, device, memory, where models are."""
+    facts = system_facts()
+    if as_json:
+        print(json.dumps(facts))
+        return
+    width = max(map(len, LABELS.values()))
+    for key, label in LABELS.items():
+        print(f"{label:{width}}  {_shown(key, facts[key])}")
+
+
+def system_facts() -> dict[str, Any]:
+    """Returns the keys of ``LABELS``; what there is not on this machine is None."""
+    from importlib.metadata import version
+
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    from gm_mlx import _blas
+
+    return {
+        "version": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "mlx": version("mlx"),
+        "mlx_lm": version("mlx-lm"),
+        **_device(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "blas": _blas.status(),
+        "models_folder": HF_HUB_CACHE,
+        "gm_tiny": None,
+    }
+
+
+def _device() -> dict[str, Any]:
+    """Returns the device that MLX computes on, and its memory if that is its own or limited."""
+    try:
+        import mlx.core as mx
+    except ImportError as error:  # a broken installation is what people run this command for
+        return {"device": f"none: mlx cannot be imported ({error})", "device_memory_bytes": None}
+    facts = mx.device_info()
+    if mx.default_device() == mx.Device(mx.cpu):
+        return {"device": f"CPU ({facts.get('device_name', platform.machine())})", "device_memory_bytes": None}
+    kind = "Apple GPU" if mx.metal.is_available() else "CUDA"
+    # Apple's GPU shares the machine's memory and may use so much of it.
+    memory = facts.get("max_recommended_working_set_size", facts.get("total_memory"))
+    return {"device": f"{kind} ({facts.get('device_name', 'unnamed')})", "device_memory_bytes": memory}
+
+
+def _shown(key: str, value: Any) -> str:
+    if value is None:
+        return "not in this installation" if key == "gm_tiny" else "shared with the system"
+    return size(value) if key.endswith("_bytes") else str(value)

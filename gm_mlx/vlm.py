@@ -1,0 +1,144 @@
+"""The Python API: load a model, ask about images, hold a conversation.
+
+import gm_mlx
+
+model = gm_mlx.load()
+print(model.chat("What colour is the circle?", images=["shapes.png"]))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from gm_mlx.engine import Engine, Piece, Sampling, Stats
+from gm_mlx.hub import find_model
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from gm_mlx.images import ImageSource
+    from gm_mlx.processor import Message
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A finished answer; ``str(answer)`` and ``print(answer)`` give its text."""
+
+    text: str
+    stats: Stats
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def open_engine(model: str | None = None, **options: Any) -> Engine:
+    """Find a model and load it into the engine that runs it.
+
+    Args:
+        model: see ``find_model``.
+        options: passed to the engine; see ``MLXEngine``.
+
+    Raises:
+        UserError: the model is not found or not sound, or an option is out of range.
+    """
+    folder = find_model(model)
+    from gm_mlx.mlx_engine import MLXEngine
+
+    return MLXEngine(folder, model_name=model or folder.name, **options)
+
+
+def load(model: str | None = None, **options: Any) -> VLM:
+    """Load a model: ``gm_mlx.load()`` takes the one in the box. See ``open_engine`` for arguments and errors."""
+    return VLM(open_engine(model, **options))
+
+
+class VLM:
+    """A loaded model that answers questions about images."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def stream(
+        self, prompt: str | Sequence[Message], images: Sequence[ImageSource] = (), **sampling: Any
+    ) -> Iterator[Piece]:
+        """Answer, piece by piece.
+
+        Args:
+            prompt: a question, or a conversation as a list of messages of which the last is the user's.
+            images: paths, contents of image files, or PIL images.
+            sampling: the fields of ``Sampling``, such as ``max_tokens`` and ``temperature``.
+
+        Raises:
+            UserError: an image cannot be read, the conversation is malformed, or it does not fit the context.
+        """
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return self.engine.stream(messages, [self.engine.open_image(image) for image in images], Sampling(**sampling))
+
+    def chat(self, prompt: str | Sequence[Message], images: Sequence[ImageSource] = (), **sampling: Any) -> Answer:
+        """Answer in one go; arguments and errors as for ``stream``."""
+        pieces = list(self.stream(prompt, images, **sampling))
+        return Answer("".join(piece.text for piece in pieces), pieces[-1].stats)
+
+    def conversation(self, system: str | None = None) -> Conversation:
+        """A new conversation with the model."""
+        return Conversation(self.engine, system)
+
+    def close(self) -> None:
+        """Give back the memory. The model cannot be used afterwards."""
+        self.engine.close()
+
+
+class Conversation:
+    """Messages and images that grow turn by turn.
+
+    Attributes:
+        messages: the conversation so far; every question in it has its answer.
+        images: its images, in the order of their slots.
+    """
+
+    def __init__(self, engine: Engine, system: str | None = None) -> None:
+        self.engine = engine
+        self._system: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+        self.clear()
+
+    def ask(self, prompt: str, images: Sequence[ImageSource] = (), sampling: Sampling | None = None) -> Iterator[Piece]:
+        """Ask the next question.
+
+        The question and its answer join the conversation when the iterator ends. If it is closed or interrupted, what
+        was said up to there joins it; a question that got no word of an answer, or an error, does not.
+
+        Args:
+            prompt: the question.
+            images: images that the question brings along.
+            sampling: how tokens are chosen.
+
+        Raises:
+            UserError: as for ``VLM.stream``; the conversation stays as it was.
+        """
+        opened = [self.engine.open_image(image) for image in images]
+        slots = [{"type": "image"} for _ in opened]
+        question = {"role": "user", "content": [*slots, {"type": "text", "text": prompt}]}
+        pieces = self.engine.stream(
+            [*self.messages, question], [*self.images, *opened], sampling if sampling is not None else Sampling()
+        )
+        return self._listen(question, opened, pieces)
+
+    def clear(self) -> None:
+        """Forget all but the system message."""
+        self.messages: list[Message] = list(self._system)
+        self.images: list[Image] = []
+
+    def _listen(self, question: Message, opened: list[Image], pieces: Iterator[Piece]) -> Iterator[Piece]:
+        answer = ""
+        finished = False
+        try:
+            for piece in pieces:
+                answer += piece.text
+                finished = piece.stats.finish_reason is not None
+                yield piece
+        finally:
+            if answer or finished:
+                self.messages += [question, {"role": "assistant", "content": answer}]
+                self.images += opened
