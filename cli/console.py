@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
@@ -29,6 +31,11 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def note(text: str) -> None:
+    """Prints a remark to stderr that nobody need act on."""
+    say(styled(f"note: {text}", "dim", sys.stderr))
+
+
 def one_line(text: str) -> str:
     """Returns the text with every run of white space, line ends included, as one space."""
     return " ".join(text.split())
@@ -42,7 +49,7 @@ def styled(text: str, style: str, stream: TextIO) -> str:
 
 def printable(text: str) -> str:
     """Returns the text without control characters, with which a model could drive the terminal."""
-    return "".join(char for char in text if char >= " " and not "\x7f" <= char <= "\x9f" or char in "\n\t")
+    return "".join(char for char in text if (char >= " " and not "\x7f" <= char <= "\x9f") or char in "\n\t")
 
 
 def checked_text(text: str, name: str) -> str:
@@ -79,57 +86,64 @@ def stats_line(stats: Stats) -> str:
 
 
 class Progress:
-    """The callback for ``progress(phase, done, total)``: shows a bar for phases that turn out to be slow.
+    """The callback for ``progress(phase, done, total)``, and a bar on stderr for waits that turn out to be slow.
 
-    Phases come one after the other. The bar appears on stderr, only when that is a terminal, and leaves no trace.
+    The bar appears only where stderr is a terminal, and leaves no trace.
     """
 
     def __init__(self) -> None:
         self._shows = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
         self._lock = threading.Lock()
-        self._phase = ""
-        self._counts = (0, 0)
         self._timer: threading.Timer | None = None
         self._bar: RichProgress | None = None
+        self._state: tuple[str, int, int] = ("", 0, 0)
 
-    def __call__(self, phase: str, done: int, total: int) -> None:
-        if not self._shows:
-            return
-        if done >= total:
-            self.stop()
-            return
-        if phase != self._phase:
-            self.stop()
-            self._phase = phase
-            # A timer and not a look at the clock in here: a slow phase may call back only when it is over.
-            self._timer = threading.Timer(DELAY, self._show, [phase])
+    @contextmanager
+    def waiting(self, phase: str) -> Iterator[None]:
+        """Everything in here is waited for, beginning with a phase; ``stop`` or the end of the block ends it."""
+        self._state = (phase, 0, 0)
+        if self._shows:
+            # A timer and not a look at the clock in a callback: a slow phase may call back only when it is over.
+            self._timer = threading.Timer(DELAY, self._show)
             self._timer.daemon = True
             self._timer.start()
+        try:
+            yield
+        finally:
+            self.stop()
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
         with self._lock:
-            self._counts = (done, total)
-            if self._bar:
-                self._bar.update(self._bar.task_ids[0], completed=done, total=total)
+            # What ends tells nothing of what comes next, but for images: the prompt comes after them.
+            self._state = ("prefill", 0, 0) if (phase, done) == ("encode", total) else (phase, done, total)
+            self._update()
 
     def stop(self) -> None:
         """Takes the bar away. Call it before anything else is printed."""
-        if self._timer:
-            self._timer.cancel()
         with self._lock:
+            if self._timer:
+                self._timer.cancel()
             if self._bar:
                 self._bar.stop()
-            self._phase, self._bar, self._timer = "", None, None
+            self._timer = self._bar = None
 
-    def _show(self, phase: str) -> None:
+    def _show(self) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
         from rich.progress import Progress as RichProgress
 
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
         with self._lock:
-            if self._phase != phase:  # over while rich was imported
+            if self._timer is not threading.current_thread():  # stopped while rich was imported
                 return
             self._bar = RichProgress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False)
-            done, total = self._counts
-            # A phase that can not say how far it is gets a bar that moves without an end.
-            self._bar.add_task(PHASES.get(phase, phase), completed=done, total=total if done or total > 1 else None)
+            self._bar.add_task("", total=None)
+            self._update()
             self._bar.start()
+
+    def _update(self) -> None:
+        if self._bar:
+            phase, done, total = self._state
+            task = self._bar.tasks[0]
+            task.total = total or None  # without counts the bar moves to and fro
+            self._bar.update(task.id, description=PHASES.get(phase, phase), completed=done)

@@ -33,7 +33,9 @@ class LineInput:
             self._set_up(self._readline)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if not self._readline:
             return
         self._readline.set_completer(None)

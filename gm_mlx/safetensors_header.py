@@ -50,7 +50,7 @@ def check_header(path: Path) -> dict[str, Entry]:
         table = json.loads(header, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
         if not isinstance(table, dict):
             raise ValueError("its header is not a JSON object")
-        _check_metadata(table.pop("__metadata__", {}))
+        _check_metadata(table.pop("__metadata__", None))
         spans = {name: _check_entry(name, entry) for name, entry in table.items()}
         _check_layout(spans, data_bytes)
     except OSError as error:
@@ -91,6 +91,8 @@ def _no_constant(name: str) -> None:
 
 
 def _check_metadata(metadata: Any) -> None:
+    if metadata is None:  # as MLX writes it
+        return
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("its __metadata__ is not a table of strings")
     for key, value in metadata.items():

@@ -30,15 +30,14 @@ VOCAB = 512  # more rows than the tokenizer has ids, as padded vocabularies do
 IMAGE_TOKEN = 511
 IMAGE_SIZE = 16
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
+SPARSE = MoEConfig()
 TOWERS: dict[str, dict[str, Any]] = {
     "siglip": {"model_type": "siglip_vision_model", "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6},
     "clip": {"model_type": "clip_vision_model"},
 }
 
 
-def tiny_config(
-    kind: Literal["siglip", "clip"] = "siglip", moe: MoEConfig | None = MoEConfig(), **text: Any
-) -> ModelConfig:
+def tiny_config(kind: Literal["siglip", "clip"] = "siglip", moe: MoEConfig | None = SPARSE, **text: Any) -> ModelConfig:
     """A config of two decoder layers (the first sparse) whose image takes 4 tokens; ``text`` overrides TextConfig."""
     defaults: dict[str, Any] = {
         "hidden_size": 64,

@@ -4,7 +4,8 @@ The loop owns no data and no model: it takes a loss and a function from (step, r
 on nothing else, so where the data stands *is* the step number, and a resumed run sees what an uninterrupted one sees.
 
 Losses are sums and counts, not means. Ranks add up both and divide once, so N ranks with batches of B take the same
-step as one rank with a batch of N * B.
+step as one rank with a batch of N * B. (A load-balancing loss is the exception: each rank balances its own share, as in
+DeepSpeed.)
 """
 
 from __future__ import annotations

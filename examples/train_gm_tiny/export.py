@@ -1,0 +1,123 @@
+"""Quantize a trained gm-tiny and write the folder that the package ships.
+
+    python examples/train_gm_tiny/export.py RUN OUT --easy-vqa easy_vqa.tar.gz
+
+RUN is the folder that ``train.py`` filled. OUT gets the model folder with its card, the training log and the figures
+that ``evaluate.py`` measures on the quantized weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_map_with_path
+
+from gm_mlx import __version__
+from gm_mlx.model import Model
+from gm_mlx.processor import Processor
+from gm_mlx.weights import apply_quantization, load_model, quantizable_layers, save_model
+
+from cache import SOURCES  # isort: skip
+from evaluate import evaluate  # isort: skip
+from train import RECIPE  # isort: skip
+
+HERE = Path(__file__).parent
+EXPERT_BITS, OTHER_BITS, GROUP_SIZE = 4, 8, 64
+NOTICE = {
+    "text": "gm-tiny only knows pictures of a few coloured shapes and will talk nonsense about a photograph; "
+    "`gm-mlx chat --model ORG/NAME` fetches a real LLaVA-GM from Hugging Face",
+    "min_image_side": 200,
+}
+
+
+def quantize(model: Model) -> None:
+    """Experts in 4 bits, the rest of the decoder in 8; tower and projector in float16; routers and norms untouched."""
+    table: dict[str, Any] = {"group_size": GROUP_SIZE, "bits": OTHER_BITS}
+    for path in quantizable_layers(model):
+        if ".switch_mlp." in path:
+            table[path] = {"group_size": GROUP_SIZE, "bits": EXPERT_BITS}
+        elif not path.startswith("language_model."):
+            table[path] = False
+    apply_quantization(model, table)
+
+
+def to_half(model: Model) -> None:
+    """Everything in float16 that is not packed, but the routers, whose last bits decide."""
+    model.update(
+        tree_map_with_path(
+            lambda name, array: array.astype(mx.float16)
+            if array.dtype == mx.float32 and ".mlp.gate." not in name
+            else array,
+            model.parameters(),
+        )
+    )
+
+
+def training_log(run: Path) -> list[dict[str, Any]]:
+    """The logs of all stages as one list, each entry with its stage."""
+    return [
+        {"stage": stage, **json.loads(line)}
+        for stage in RECIPE
+        for line in (run / stage / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+
+
+def minutes(log: list[dict[str, Any]]) -> float:
+    """Time that the logged steps took."""
+    total, last = 0.0, {"stage": None, "step": 0}
+    for entry in log:
+        steps = entry["step"] - (last["step"] if last["stage"] == entry["stage"] else 0)
+        total, last = total + steps * entry["seconds_per_step"], entry
+    return total / 60
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--easy-vqa", type=Path, required=True)
+    arguments = parser.parse_args()
+
+    model = load_model(arguments.run / "sparse")
+    processor = Processor.from_folder(arguments.run / "sparse")
+    before = evaluate(model, processor, arguments.easy_vqa, limit=1000)
+    quantize(model)
+    to_half(model)
+    partial = arguments.out.with_name(arguments.out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    save_model(model, partial)
+    processor.save(partial)
+
+    figures = evaluate(load_model(partial), Processor.from_folder(partial), arguments.easy_vqa)
+    log = training_log(arguments.run)
+    weights = partial / "model.safetensors"
+    notes = {
+        "name": "gm-tiny",
+        "made_by": f"gm-mlx {__version__}, examples/train_gm_tiny",
+        "notice": NOTICE,
+        "quantization": {"experts": EXPERT_BITS, "decoder": OTHER_BITS, "tower and projector": "float16"},
+        "sha256": {weights.name: hashlib.sha256(weights.read_bytes()).hexdigest()},
+        "generator_sha256": {name: hashlib.sha256((HERE / name).read_bytes()).hexdigest() for name in SOURCES},
+        "training_minutes": round(minutes(log), 1),
+        "exact_match": figures,
+        "exact_match_before_quantization": {"questions_of_each": 1000, **before},
+    }
+    (partial / "gm.json").write_text(json.dumps(notes, indent=1) + "\n", encoding="utf-8")
+    with (partial / "training_log.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(entry) + "\n" for entry in log)
+    shutil.copy(HERE / "model_card.md", partial / "README.md")
+    shutil.rmtree(arguments.out, ignore_errors=True)
+    partial.rename(arguments.out)
+    size = sum(file.stat().st_size for file in arguments.out.iterdir())
+    print(f"{arguments.out}: {size / 1e6:.2f} MB, {notes['training_minutes']} minutes of training")
+    print(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    main()
