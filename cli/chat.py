@@ -192,14 +192,16 @@ def _answer(
     for line in vlm.engine.notices(images):
         note(line)
     answer = ""
-    with progress.waiting("encode" if images else "prefill"):
-        for piece in vlm.conversation(system).ask(question, images, sampling):
-            progress.stop()
-            answer += piece.text
-            if not silent:
-                print(printable(piece.text) if sys.stdout.isatty() else piece.text, end="", flush=True)
-    if not silent and not answer.endswith("\n"):
-        print()
+    try:
+        with progress.waiting("encode" if images else "prefill"):
+            for piece in vlm.conversation(system).ask(question, images, sampling):
+                progress.stop()
+                answer += piece.text
+                if not silent:
+                    print(printable(piece.text) if sys.stdout.isatty() else piece.text, end="", flush=True)
+    finally:
+        if answer and not silent and not answer.endswith("\n"):
+            print()  # also after Ctrl-C, so that the next line is one
     return answer, piece.stats
 
 

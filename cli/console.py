@@ -74,15 +74,15 @@ def size(num_bytes: int) -> str:
 
 
 def stats_line(stats: Stats) -> str:
-    """Returns an answer's counts and rates as one line of less than 80 characters."""
-    return " | ".join(
-        [
-            f"first token {stats.seconds_to_first_token:.2f} s",
-            f"prefill {stats.prompt_tokens - stats.cached_tokens} tok at {stats.prefill_tokens_per_second:.0f}/s",
-            f"decode {stats.generated_tokens} tok at {stats.decode_tokens_per_second:.1f}/s",
-            f"peak {size(stats.peak_memory_bytes)}",
-        ]
-    )
+    """Returns an answer's times and rates as one line of less than 80 characters."""
+    parts = [
+        f"first token {stats.seconds_to_first_token:.2f} s",
+        f"prefill {stats.prefill_tokens_per_second:.0f} tok/s",
+        f"decode {stats.decode_tokens_per_second:.1f} tok/s",
+    ]
+    if stats.peak_memory_bytes:  # an answer that was stopped has none
+        parts.append(f"peak {size(stats.peak_memory_bytes)}")
+    return " | ".join(parts)
 
 
 class Progress:
@@ -132,7 +132,8 @@ class Progress:
         from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
         from rich.progress import Progress as RichProgress
 
-        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+        bar = BarColumn(complete_style="cyan", pulse_style="cyan")
+        columns = (TextColumn("{task.description}"), bar, TaskProgressColumn(), TimeElapsedColumn())
         with self._lock:
             if self._timer is not threading.current_thread():  # stopped while rich was imported
                 return

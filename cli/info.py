@@ -11,6 +11,7 @@ import typer
 from gm_mlx.cli.console import Debug, size
 
 from gm_mlx import __version__
+from gm_mlx.errors import UserError
 
 LABELS = {
     "version": "gm-mlx",
@@ -25,6 +26,7 @@ LABELS = {
     "models_folder": "Downloaded models",
     "gm_tiny": "gm-tiny",
 }
+MISSING = {"gm_tiny": "not in this installation"}
 
 
 def info(
@@ -39,7 +41,9 @@ def info(
         return
     width = max(map(len, LABELS.values()))
     for key, label in LABELS.items():
-        print(f"{label:{width}}  {_shown(key, facts[key])}")
+        value = facts[key] if facts[key] is not None else MISSING.get(key)
+        if value is not None:
+            print(f"{label:{width}}  {size(value) if key.endswith('_bytes') else value}")
 
 
 def system_facts() -> dict[str, Any]:
@@ -60,7 +64,7 @@ def system_facts() -> dict[str, Any]:
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "blas": _blas.status(),
         "models_folder": HF_HUB_CACHE,
-        "gm_tiny": None,
+        "gm_tiny": _built_in(),
     }
 
 
@@ -71,7 +75,7 @@ def _device() -> dict[str, Any]:
     except ImportError as error:  # a broken installation is what people run this command for
         return {"device": f"none: mlx cannot be imported ({error})", "device_memory_bytes": None}
     facts = mx.device_info()
-    if mx.default_device() == mx.Device(mx.cpu):
+    if mx.default_device().type == mx.DeviceType.cpu:
         return {"device": f"CPU ({facts.get('device_name', platform.machine())})", "device_memory_bytes": None}
     kind = "Apple GPU" if mx.metal.is_available() else "CUDA"
     # Apple's GPU shares the machine's memory and may use so much of it.
@@ -79,7 +83,11 @@ def _device() -> dict[str, Any]:
     return {"device": f"{kind} ({facts.get('device_name', 'unnamed')})", "device_memory_bytes": memory}
 
 
-def _shown(key: str, value: Any) -> str:
-    if value is None:
-        return "not in this installation" if key == "gm_tiny" else "shared with the system"
-    return size(value) if key.endswith("_bytes") else str(value)
+def _built_in() -> str | None:
+    """Returns the folder of the model in the box."""
+    from gm_mlx.hub import BUILT_IN, find_model
+
+    try:
+        return str(find_model(BUILT_IN))
+    except UserError:
+        return None

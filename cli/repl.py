@@ -65,7 +65,7 @@ class Repl:
         self._show_stats = show_stats
         self._input: AbstractContextManager[Callable[[], str]]
         self._input = LineInput(list(COMMANDS)) if read_line is None else nullcontext(read_line)
-        self._attached: dict[str, Image] = {}  # path to image, for the next message
+        self._attached: list[tuple[str, Image]] = []  # absolute path and image, for the next message
         self._paths: list[str] = []  # of the conversation's images, in order
         self._stats: Stats | None = None
         self._leaves = False
@@ -109,31 +109,30 @@ class Repl:
             self._ask(checked_text(line, "the message"))
 
     def _ask(self, text: str) -> None:
-        attached = self._attached
-        images = list(attached.values())
+        images = [image for _, image in self._attached]
         self._tell_notices(images)
-        held, shown = len(self._conversation.images), ""
+        held, shown, stopped = len(self._conversation.images), "", False
+        self._stats = None
         # The conversation keeps what was said when the iterator is closed, so it must be closed here and now.
         with closing(self._conversation.ask(text, images, self._sampling)) as pieces:  # type: ignore[type-var]
-            stopped = False
             try:
                 with self._progress.waiting("encode" if images else "prefill"):
                     for piece in pieces:
                         self._progress.stop()
-                        shown = piece.text or shown
                         self._stats = piece.stats
+                        shown = printable(piece.text) or shown
                         print(printable(piece.text), end="", flush=True)
             except KeyboardInterrupt:
                 stopped = True
         if not shown.endswith("\n"):
             print()
         if len(self._conversation.images) > held:
-            self._paths += attached
-            self._attached = {}
+            self._paths += [path for path, _ in self._attached]
+            self._attached = []
         if stopped:
-            note("stopped" + ("; the images stay attached" if self._attached else ""))
+            note("stopped" + ("; the images wait for the next message" if self._attached else ""))
         if self._show_stats and self._stats:
-            note(stats_line(self._stats))
+            say(styled(stats_line(self._stats), "dim", sys.stderr))
 
     def _tell_notices(self, images: Sequence[Image]) -> None:
         for line in self._engine.notices(images):
@@ -141,10 +140,10 @@ class Repl:
 
     def _attach(self, paths: Sequence[str]) -> None:
         """Attaches all of the files or, when one of them is no image, none."""
-        opened = {os.path.abspath(os.path.expanduser(path)): self._open_image(path) for path in paths}
-        self._attached |= opened
-        names = ", ".join(f"{os.path.basename(path)} ({image.width}x{image.height})" for path, image in opened.items())
-        note(f"{names} goes with the next message")
+        opened = [(os.path.abspath(path), self._open_image(path)) for path in paths]
+        self._attached += opened
+        names = [f"{os.path.basename(path)} ({image.width}x{image.height})" for path, image in opened]
+        note(f"for the next message: {', '.join(names)}")
 
     def _image(self, rest: str) -> None:
         if not rest:
@@ -153,7 +152,7 @@ class Repl:
 
     def _clear(self, rest: str) -> None:
         self._conversation.clear()
-        self._attached, self._paths, self._stats = {}, [], None
+        self._attached, self._paths, self._stats = [], [], None
         note("the conversation starts anew")
 
     def _save(self, rest: str, replace: bool = False) -> None:
@@ -162,10 +161,9 @@ class Repl:
             raise UserError("/save needs one file, whose name ends in .md or .json")
         if not self._conversation.messages:
             raise UserError("nothing to save: nothing was said")
-        path = Path(files[0]).expanduser()
         messages = with_paths(self._conversation.messages, self._paths)
-        save_transcript(path, self._engine.model, messages, replace)
-        note(f"saved to {path}")
+        save_transcript(Path(files[0]), self._engine.model, messages, replace)
+        note(f"saved to {files[0]}")
 
     def _save_over(self, rest: str) -> None:
         self._save(rest, replace=True)
@@ -173,22 +171,25 @@ class Repl:
     def _tell_stats(self, rest: str) -> None:
         if self._stats is None:
             raise UserError("no answer yet to give times of")
-        held = self._stats.prompt_tokens + self._stats.generated_tokens
         print(stats_line(self._stats))
-        print(f"conversation {held} of {self._engine.context_length} tokens | images {len(self._paths)}")
+        prompt, answer = self._stats.prompt_tokens, self._stats.generated_tokens
+        print(
+            f"prompt {prompt} tokens ({self._stats.cached_tokens} cached) + answer {answer} "
+            f"of {self._engine.context_length} | images {len(self._paths)}"
+        )
 
     def _help(self, rest: str) -> None:
         for name, command in COMMANDS.items():
             print(f"{name + ' ' + command.arguments:15}  {command.help}")
-        print('A message of several lines is pasted, or stands between """ and """. Tab completes.')
-        print(f"Ctrl-C stops an answer; {HOW_TO_LEAVE}.")
+        print('Several lines: paste them, or put """ before and after. Tab completes.')
+        print(f"Ctrl-C stops an answer, {HOW_TO_LEAVE}.")
 
     def _exit(self, rest: str) -> None:
         self._leaves = True
 
 
 COMMANDS = {
-    "/image": Command("FILE...", "attach images to the next message; a file dropped here does the same", Repl._image),
+    "/image": Command("FILE...", "attach images to the next message, as dropping them here does", Repl._image),
     "/clear": Command("", "forget the conversation", Repl._clear),
     "/save": Command("FILE", "write the conversation to a .md or .json file", Repl._save),
     "/save!": Command("FILE", "the same, over a file that exists", Repl._save_over),
@@ -203,10 +204,11 @@ def _files(text: str) -> list[str]:
 
     A name with blanks that is typed as it is, is taken for one file if there is one.
     """
-    if Path(text).expanduser().exists():
-        return [text]
+    whole = os.path.expanduser(text)
+    if os.path.exists(whole):
+        return [whole]
     try:
-        return shlex.split(text)
+        return [os.path.expanduser(word) for word in shlex.split(text)]
     except ValueError as error:
         raise UserError(f"{text}: a quote is not closed") from error
 
@@ -217,6 +219,6 @@ def _dropped_files(line: str) -> list[str]:
         return []
     try:
         paths = _files(line)
-        return paths if all(os.path.isabs(path) and os.path.isfile(path) for path in paths) else []
-    except (UserError, OSError, ValueError):  # ordinary text can be anything but a path
+    except UserError:  # ordinary text may have any number of quotes
         return []
+    return paths if all(os.path.isabs(path) and os.path.isfile(path) for path in paths) else []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def save_transcript(path: Path, model: str, messages: Messages, replace: bool = 
     form = FORMS.get(path.suffix.lower())
     if form is None:
         raise UserError(f"{path}: the name must end in {' or '.join(FORMS)}")
-    if path.exists() and not (replace and path.is_file()):
+    if os.path.exists(path) and not (replace and path.is_file()):
         raise UserError(f"{path}: exists already; choose another name" + (", or /save! to replace it" * path.is_file()))
     partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
     try:
@@ -37,7 +38,8 @@ def save_transcript(path: Path, model: str, messages: Messages, replace: bool = 
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # it has become the file, or was never there
+            partial.unlink()
 
 
 def with_paths(messages: Messages, paths: Sequence[str]) -> list[dict[str, Any]]:

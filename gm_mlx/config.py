@@ -327,7 +327,7 @@ PRESETS = {
     "gm-tiny": ModelConfig(
         text_config=TextConfig(
             hidden_size=256,
-            intermediate_size=512,
+            intermediate_size=256,
             num_hidden_layers=4,
             num_attention_heads=4,
             num_key_value_heads=1,

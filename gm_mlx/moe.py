@@ -64,10 +64,14 @@ class SparseMLP(nn.Module):
         probabilities, experts, weights = choose(self.gate(x), self.top_k, self.norm_topk_prob)
         if trace is not None:
             trace.append(Routing(self.layer, probabilities, experts, weights))
-        y = self.switch_mlp(x, experts)  # [B, L, k, D]
-        y = (y * weights[..., None].astype(y.dtype)).sum(axis=-2)  # [B, L, D]
+        y = self.combine(x, experts, weights)
         if "mlp" not in self:
             return y
         mix = x.astype(mx.float32) @ self.coefficient["weight"].astype(mx.float32).T + self.coefficient["bias"]
         mix = mx.softmax(mix, axis=-1).astype(y.dtype)  # [B, L, 2]
         return y * mix[..., :1] + self.mlp(x) * mix[..., 1:]
+
+    def combine(self, x: mx.array, experts: mx.array, weights: mx.array) -> mx.array:
+        """The weighted sum [B, L, D] of what the chosen experts [B, L, k] make of x [B, L, D]."""
+        y = self.switch_mlp(x, experts)  # [B, L, k, D]
+        return (y * weights[..., None].astype(y.dtype)).sum(axis=-2)

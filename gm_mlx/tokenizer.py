@@ -235,7 +235,7 @@ def _from_sentencepiece(path: Path, files: dict[str, bytes], settings: _Settings
         _piece_of=piece_of,
         _bytes_of=bytes_of,
         _is_special=is_special,
-        files={name: files[name] for name in files if name != "tokenizer.json"},
+        files=files,
     )
 
 
@@ -299,7 +299,7 @@ def _from_tokenizers(path: Path, files: dict[str, bytes], settings: _Settings, p
         _piece_of=piece_of,
         _bytes_of=bytes_of,
         _is_special=special.__contains__,
-        files=dict(files),
+        files=files,
     )
 
 

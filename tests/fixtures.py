@@ -85,6 +85,8 @@ def tiny_model(seed: int = 0, config: ModelConfig | None = None) -> Model:
     for name, array in named_arrays(model).items():
         random = np.random.default_rng([seed, zlib.crc32(name.encode())])
         scale = 0.1 if array.ndim == 1 or "embed_tokens" in name else 2 * array.shape[-1] ** -0.5
+        if "q_proj" in name or "k_proj" in name:
+            scale /= 2  # attention that is neither flat nor on one position only
         value = random.normal(size=array.shape) * scale
         if name.endswith("lm_head.weight"):
             value[np.setdiff1d(np.arange(len(value)), words())] = 0

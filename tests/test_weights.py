@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from fixtures import tiny_config, tiny_model
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save
 
@@ -294,7 +294,7 @@ def test_folders_that_lack_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"config\.json: not found"):
         load_model(tmp_path)
     save_model(tiny_model(), tmp_path, max_shard_bytes=100_000)
-    (tmp_path / "model-00002-of-00011.safetensors").unlink()
+    next(tmp_path.glob("model-00002-of-*")).unlink()
     with pytest.raises(UserError, match=r"model-00002-of-\d+\.safetensors: cannot be read \(No such file"):
         load_model(tmp_path)
     (tmp_path / "model.safetensors.index.json").unlink()
@@ -320,14 +320,14 @@ def test_damaged_indexes(tmp_path: Path, text: str) -> None:
 
 def test_a_tensor_in_two_shards(tmp_path: Path) -> None:
     save_model(tiny_model(), tmp_path, max_shard_bytes=100_000)
-    rewrite(tmp_path / "model-00002-of-00011.safetensors", lambda arrays: arrays.update({NORM: mx.zeros(64)}))
+    rewrite(next(tmp_path.glob("model-00001-of-*")), lambda arrays: arrays.update({NORM: mx.zeros(64)}))
     with pytest.raises(UserError, match=f"tensor '{NORM}' is in another shard too"):
         load_model(tmp_path)
 
 
 # Headers
 
-ARRAYS = {
+ARRAYS: dict[str, np.ndarray] = {
     "a": np.arange(6, dtype=np.float32).reshape(2, 3),
     "b": np.arange(4, dtype=np.float16),
     "none": np.zeros((0, 5), np.int32),
@@ -404,10 +404,8 @@ def test_a_folder_in_the_place_of_a_file(tmp_path: Path) -> None:
         check_header(tmp_path)
 
 
-JSON_VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(-3, 2**70) | st.floats() | st.text(max_size=3),
-    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=3), children, max_size=3),
-    max_leaves=4,
+ODD_VALUES: st.SearchStrategy[Any] = st.sampled_from(
+    [None, True, -1, 2**70, 1.5, float("nan"), "", "\ud800", [], [None], [[2, 3]], {}]
 )
 SHAPES = st.lists(st.integers(0, 8), max_size=3)
 OFFSETS = st.lists(st.integers(0, len(DATA) + 4), min_size=2, max_size=2)
@@ -421,7 +419,7 @@ def mutated_files(draw: st.DrawFn) -> bytes:
     for _ in range(draw(st.integers(0, 3))):
         name = draw(st.sampled_from(sorted(ARRAYS)))
         key, values = draw(
-            st.sampled_from([("dtype", DTYPES), ("shape", SHAPES), ("data_offsets", OFFSETS), ("shape", JSON_VALUES)])
+            st.sampled_from([("dtype", DTYPES), ("shape", SHAPES), ("data_offsets", OFFSETS), ("shape", ODD_VALUES)])
         )
         header[name][key] = draw(values)
     content = bytearray(packed(header))
@@ -430,7 +428,7 @@ def mutated_files(draw: st.DrawFn) -> bytes:
     return bytes(content[: draw(st.integers(0, len(content)))] if draw(st.booleans()) else content)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(content=mutated_files())
 def test_a_mutated_file_is_refused_or_read_as_safetensors_reads_it(
     tmp_path_factory: pytest.TempPathFactory, content: bytes

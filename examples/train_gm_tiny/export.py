@@ -21,10 +21,11 @@ from mlx.utils import tree_map_with_path
 from gm_mlx import __version__
 from gm_mlx.model import Model
 from gm_mlx.processor import Processor
-from gm_mlx.weights import apply_quantization, load_model, quantizable_layers, save_model
+from gm_mlx.weights import apply_quantization, load_model, num_parameters, quantizable_layers, save_model
 
 from cache import SOURCES  # isort: skip
 from evaluate import evaluate  # isort: skip
+from tokenizer import word_lists  # isort: skip
 from train import RECIPE  # isort: skip
 
 HERE = Path(__file__).parent
@@ -111,11 +112,21 @@ def main() -> None:
     (partial / "gm.json").write_text(json.dumps(notes, indent=1) + "\n", encoding="utf-8")
     with (partial / "training_log.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(entry) + "\n" for entry in log)
-    shutil.copy(HERE / "model_card.md", partial / "README.md")
+    size = sum(file.stat().st_size for file in partial.iterdir()) / 1e6
+    card = (HERE / "model_card.md").read_text(encoding="utf-8")
+    card = card.format(
+        parameters=num_parameters(model) / 1e6,
+        megabytes=size,
+        easy_vqa=figures["easy-vqa"]["all"],
+        generated=figures["generated"]["all"],
+        kinds=", ".join(f"{kind} {share:.0%}" for kind, share in figures["generated"].items() if kind != "all"),
+        words=len(word_lists()[0]),
+        minutes=notes["training_minutes"],
+    )
+    (partial / "README.md").write_text(card, encoding="utf-8")
     shutil.rmtree(arguments.out, ignore_errors=True)
     partial.rename(arguments.out)
-    size = sum(file.stat().st_size for file in arguments.out.iterdir())
-    print(f"{arguments.out}: {size / 1e6:.2f} MB, {notes['training_minutes']} minutes of training")
+    print(f"{arguments.out}: {size:.2f} MB, {notes['training_minutes']} minutes of training")
     print(json.dumps(figures, indent=1))
 
 

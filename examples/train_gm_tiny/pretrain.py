@@ -1,8 +1,13 @@
-"""What downloading SigLIP and Gemma is to LLaVA: a tower that sees shapes and a decoder that knows the language.
+"""What downloading SigLIP and Gemma is to LLaVA, and stage 1: a tower that sees, a decoder that speaks, and the link.
 
 The tower learns to label its own patches: which shape and colour covers each, and whose centre lies in it. That is
 dense supervision, and it teaches in minutes what questions and answers alone do not teach in hours. The decoder learns
 to answer questions about pictures that are described to it in words.
+
+Stage 1 trains the projector on captions of patches: the feature of a patch that shows a red circle is to be the sum of
+the decoder's own embeddings of "red" and "circle". A whole-image caption through a frozen decoder this small taught it
+nothing but which captions are common; with this, a question's "circle" finds the patch by likeness from the first step
+of stage 2 on.
 """
 
 from __future__ import annotations
@@ -10,9 +15,12 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from scenes import COLOURS, LABELS, SHAPES
+from phrasings import POSITIONS
+from scenes import COLOURS, GRID, LABELS, SHAPES
 
 from gm_mlx.model import Model
+from gm_mlx.tokenizer import Tokenizer
+from gm_mlx.train.loop import Loss
 from gm_mlx.vision import VisionTower
 
 CLASSES = {"shape": 1 + len(SHAPES), "colour": 1 + len(COLOURS)}  # class 0 is "nothing here"
@@ -51,6 +59,57 @@ def patch_label_accuracy(model: PatchLabeller, pixels: np.ndarray, labels: dict[
         found, shown = np.array(mx.argmax(logits[label], axis=-1)), target > 0
         result[label] = float((found == target)[shown].mean())
     return result
+
+
+class PatchWords:
+    """For every patch the words that say what it shows, as vectors in the decoder's embedding space.
+
+    A covered patch is its colour and shape. The patch with an object's centre is also "object" and the object's place
+    in the image, so that the decoder has one patch per object to count and to locate. Any other patch is "nothing".
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._places = [POSITIONS[_third(row)][_third(column)] for row in range(GRID) for column in range(GRID)]
+
+    def __call__(self, model: Model, labels: dict[str, mx.array]) -> mx.array:
+        """Target vectors [B, N, D] of patch labels [B, N]."""
+        shapes = mx.stack([self._vector(model, words) for words in ("", *SHAPES)])  # [S, D]
+        colours = mx.stack([self._vector(model, words) for words in ("", *COLOURS)])  # [C, D]
+        places = mx.stack([self._vector(model, f"object {place}") for place in self._places])  # [N, D]
+        centre = labels["centre_shape"] > 0
+        shape = mx.where(centre, labels["centre_shape"], labels["cover_shape"])
+        colour = mx.where(centre, labels["centre_colour"], labels["cover_colour"])
+        target = shapes[shape] + colours[colour] + centre[..., None] * places
+        return mx.where((shape == 0)[..., None], self._vector(model, "nothing"), target)
+
+    def _vector(self, model: Model, words: str) -> mx.array:
+        """Sum of the embeddings of words, as tokens with and without the space that they have inside a sentence."""
+        pieces = [self._tokenizer.encode(form) for word in words.split() for form in (word, f" {word}")]
+        tokens = [piece for piece in pieces if len(piece) == 1]
+        if not tokens:
+            return mx.zeros((model.config.text_config.hidden_size,))
+        return model.language_model.embed(mx.array(tokens)).sum(axis=(0, 1)) / 2
+
+
+def _third(patch: int) -> int:
+    """Which third of the image the objects are in whose centre is in this row or column of patches.
+
+    Patches 2 and 5 hold the borders between thirds; centres there keep to the outer side, see ``scenes.band``.
+    """
+    return 0 if patch <= 2 else 2 if patch >= 5 else 1
+
+
+def alignment_loss(words: PatchWords) -> Loss:
+    """The loss of stage 1: squared distance between projected features and their words, per patch and channel."""
+
+    def loss(model: Model, batch: tuple[mx.array, dict[str, mx.array]]) -> tuple[mx.array, mx.array]:
+        pixels, labels = batch
+        distance = (model.encode_images(pixels) - words(model, labels)).square().mean(axis=-1)  # [B, N]
+        weight = mx.where(labels["cover_shape"] + labels["centre_shape"] == 0, 0.1, 1.0)
+        return (weight * distance).sum(), mx.array(distance.size)
+
+    return loss
 
 
 def select_decoder(model: Model) -> None:
