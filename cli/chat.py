@@ -10,8 +10,8 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from gm_mlx.cli.console import Debug, Progress, checked_text, note, printable, say, stats_line
 
+from gm_mlx.cli.console import Debug, Progress, checked_text, note, printable, say, stats_line
 from gm_mlx.engine import GREEDY, Sampling
 from gm_mlx.errors import UserError
 
@@ -154,14 +154,9 @@ def open_image(engine: Engine, exif: bool) -> Callable[[str], Image]:
         return engine.open_image
 
     def as_stored(path: str) -> Image:
-        from PIL import Image
-
         from gm_mlx.images import load_image
 
-        stored = load_image(path, exif=False)
-        bare = Image.new("RGB", stored.size)  # without the EXIF tags, by which the engine would turn it after all
-        bare.paste(stored)
-        return bare
+        return load_image(path, exif=False)
 
     return as_stored
 

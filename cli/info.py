@@ -8,9 +8,9 @@ import platform
 from typing import Annotated, Any
 
 import typer
-from gm_mlx.cli.console import Debug, size
 
 from gm_mlx import __version__
+from gm_mlx.cli.console import Debug, size
 from gm_mlx.errors import UserError
 
 LABELS = {

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from typing import Annotated
 
 import typer
+
+from gm_mlx import __version__
 from gm_mlx.cli.chat import chat
 from gm_mlx.cli.console import Debug, one_line, say
 from gm_mlx.cli.info import info
-
-from gm_mlx import __version__
 from gm_mlx.errors import UserError
 
 # Older typer raises the installed click's errors, newer typer those of a click of its own: ask for where it has them.

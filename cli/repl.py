@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, NamedTuple
 from gm_mlx.cli.console import Progress, checked_text, note, one_line, printable, say, stats_line, styled
 from gm_mlx.cli.line_input import LineInput
 from gm_mlx.cli.transcript import save_transcript, with_paths
-
 from gm_mlx.engine import Sampling, Stats
 from gm_mlx.errors import UserError
 
@@ -108,20 +107,21 @@ class Repl:
         else:
             self._ask(checked_text(line, "the message"))
 
-    def _ask(self, text: str) -> None:
+    def _ask(self, question: str) -> None:
         images = [image for _, image in self._attached]
         self._tell_notices(images)
         held, shown, stopped = len(self._conversation.images), "", False
         self._stats = None
         # The conversation keeps what was said when the iterator is closed, so it must be closed here and now.
-        with closing(self._conversation.ask(text, images, self._sampling)) as pieces:  # type: ignore[type-var]
+        with closing(self._conversation.ask(question, images, self._sampling)) as pieces:  # type: ignore[type-var]
             try:
                 with self._progress.waiting("encode" if images else "prefill"):
                     for piece in pieces:
                         self._progress.stop()
                         self._stats = piece.stats
-                        shown = printable(piece.text) or shown
-                        print(printable(piece.text), end="", flush=True)
+                        text = printable(piece.text)
+                        print(text, end="", flush=True)
+                        shown = text or shown
             except KeyboardInterrupt:
                 stopped = True
         if not shown.endswith("\n"):
@@ -140,7 +140,7 @@ class Repl:
 
     def _attach(self, paths: Sequence[str]) -> None:
         """Attaches all of the files or, when one of them is no image, none."""
-        opened = [(os.path.abspath(path), self._open_image(path)) for path in paths]
+        opened = [(path, self._open_image(path)) for path in map(os.path.abspath, paths)]
         self._attached += opened
         names = [f"{os.path.basename(path)} ({image.width}x{image.height})" for path, image in opened]
         note(f"for the next message: {', '.join(names)}")

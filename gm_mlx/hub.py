@@ -5,6 +5,7 @@ Only data is fetched (configurations, weights, tokenizers). Code in a repository
 
 from __future__ import annotations
 
+import os
 import re
 from importlib import resources
 from pathlib import Path
@@ -31,12 +32,12 @@ def find_model(name: str | None = None) -> Path:
     """
     if name is None or name == BUILT_IN:
         return _built_in()
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.suffix == ".gguf":
         raise UserError(f"{name}: GGUF files are not supported by this version of gm-mlx; name a model folder")
-    if path.is_dir():
+    if name and path.is_dir():
         return path
-    if path.exists():
+    if path.is_file():
         raise UserError(f"{name}: a file, not a model; name the folder that has the config.json")
     if not REPO_ID.fullmatch(name):
         raise UserError(
@@ -66,11 +67,12 @@ def _fetch(repo: str) -> Path:
             "`hf auth login` if it is private"
         ) from None
     except errors.LocalEntryNotFoundError:
+        reason = f"{constants.ENDPOINT} cannot be reached; check the connection"
         if constants.HF_HUB_OFFLINE:
-            raise UserError(f"{repo}: not in the local cache and HF_HUB_OFFLINE is set; unset it to fetch it") from None
-        raise UserError(f"{repo}: not in the local cache and {constants.ENDPOINT} cannot be reached") from None
+            reason = "HF_HUB_OFFLINE is set; unset it to fetch the rest"
+        raise UserError(f"{repo}: no such folder, not complete in the local cache, and {reason}") from None
     except errors.HFValidationError:
         raise UserError(f"{repo}: not a name that a Hugging Face repository can have; check it") from None
-    except (errors.HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()
-        raise UserError(f"{repo}: cannot be fetched ({reason[0] if reason else type(error).__name__})") from None
+    except Exception as error:  # the client lets its HTTP library's errors through, and that library has changed before
+        lines = str(error).split("\n")
+        raise UserError(f"{repo}: cannot be fetched ({lines[0] or type(error).__name__}); try again later") from None

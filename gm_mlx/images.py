@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -133,7 +134,7 @@ def load_image(source: ImageSource, *, exif: bool = True, scale_16bit: bool = Fa
             raise UserError("image data: 0 bytes; give the content of an image file")
         with _open(io.BytesIO(source), "image data") as image:
             return _decode(image, "image data", exif, scale_16bit)
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     try:
         if path.is_dir():
             raise UserError(f"{source}: a folder, not an image; name a file in it")
@@ -181,7 +182,9 @@ def _decode(image: Image.Image, name: str, exif: bool, scale_16bit: bool) -> Ima
         if scale_16bit and image.mode.startswith("I"):
             levels = np.asarray(image).astype(np.float64) / 257  # 65535 / 255
             image = Image.fromarray(np.clip(np.rint(levels), 0, 255).astype(np.uint8))
-        return _to_rgb(image)
+        image = _to_rgb(image)
+        # The tags go: a reader further on would turn the image again, or after all.
+        return Image.frombytes("RGB", image.size, image.tobytes()) if image.getexif() else image
     except Exception as error:  # as in _open
         raise UserError(f"{name}: {_DAMAGED.format(error)}") from error
 

@@ -22,6 +22,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from gm_mlx import cpu
 from gm_mlx.config import ModelConfig
 from gm_mlx.errors import UserError
 from gm_mlx.model import Model
@@ -59,7 +60,8 @@ def load_model(folder: Path, *, dtype: str | None = None) -> Model:
             dtype, and float32 on MLX's CPU backend, which has fast kernels for nothing else.
 
     Returns:
-        The model. Routers are float32; quantized layers keep the dtype of their scales.
+        The model, with the fast quantized layers of ``gm_mlx.cpu`` on MLX's CPU backend. Routers are float32; quantized
+        layers keep the dtype of their scales.
 
     Raises:
         UserError: a file is missing or damaged, or the files' tensors are not the model's; the first few are named.
@@ -85,6 +87,7 @@ def load_model(folder: Path, *, dtype: str | None = None) -> Model:
         weights |= {name: _cast(name, array, dtype, name in kept) for name, array in loaded.items()}
     model.load_weights(list(weights.items()))
     model.eval()
+    cpu.speed_up(model)
     return model
 
 

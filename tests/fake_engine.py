@@ -13,10 +13,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from gm_mlx.cli.main import main
 from PIL.Image import Image
 
 from gm_mlx import vlm
+from gm_mlx.cli.main import main
 from gm_mlx.engine import GREEDY, Piece, Sampling, Stats
 from gm_mlx.errors import UserError
 from gm_mlx.images import load_image

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import typer
-from gm_mlx.cli import main as cli
 
 from gm_mlx import __version__
+from gm_mlx.cli import main as cli
 from gm_mlx.errors import UserError
 
 ROOT = Path(__file__).parent.parent

@@ -16,10 +16,10 @@ from typing import Any
 import fixtures
 import pytest
 from fake_engine import FakeEngine, text_of
-from gm_mlx.cli.main import main
 from PIL import Image
 
 from gm_mlx import vlm
+from gm_mlx.cli.main import main
 from gm_mlx.engine import Sampling
 from gm_mlx.errors import UserError
 

@@ -7,8 +7,8 @@ import sys
 import time
 
 import pytest
-from gm_mlx.cli import console
 
+from gm_mlx.cli import console
 from gm_mlx.engine import Stats
 from gm_mlx.errors import UserError
 

@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from gm_mlx.cli.info import LABELS
-from gm_mlx.cli.main import main
 
 from gm_mlx import __version__, hub
+from gm_mlx.cli.info import LABELS
+from gm_mlx.cli.main import main
 from gm_mlx.errors import UserError
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+
 from gm_mlx.cli import line_input
 from gm_mlx.cli.line_input import LineInput, completions, history_file
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 from fake_engine import FakeEngine, text_of
-from gm_mlx.cli.console import Progress
-from gm_mlx.cli.repl import COMMANDS, Repl
 from PIL import Image
 
+from gm_mlx.cli.console import Progress
+from gm_mlx.cli.repl import COMMANDS, Repl
 from gm_mlx.engine import GREEDY
 from gm_mlx.errors import UserError
 from gm_mlx.vlm import VLM
@@ -164,6 +164,22 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(engine: FakeEngine, tal
     assert out.startswith("0 images: one\n")
     assert err[0] == "note: stopped"
     assert [text_of(message) for message in engine.asked[1][0]] == ["one two three", "0 images: one", "four"]
+
+
+def test_ctrl_c_between_two_pieces_keeps_what_was_said(
+    engine: FakeEngine, talk: Talk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def printable(text: str) -> str:
+        if text == " two":
+            raise KeyboardInterrupt
+        return text
+
+    monkeypatch.setattr("gm_mlx.cli.repl.printable", printable)
+    _picture("a.png")
+    talk("/image a.png", "one two three", "four")
+    messages, sizes, _ = engine.asked[1]
+    assert [text_of(message) for message in messages][1:] == ["1 images: one two", "four"]
+    assert sizes == [(8, 6)]
 
 
 def test_ctrl_c_before_the_first_word_takes_the_question_back(engine: FakeEngine, talk: Talk) -> None:

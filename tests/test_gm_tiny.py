@@ -103,7 +103,7 @@ def test_held_out_questions(folder: Path, evaluate) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not EASY_VQA.exists(), reason="easy-VQA is not at hand; the fixture's 300 questions are asked above")
+@pytest.mark.skipif(not EASY_VQA.exists(), reason="easy-VQA is not at hand; 300 of its questions are asked above")
 def test_all_of_easy_vqa(folder: Path, evaluate) -> None:
     """All 9,673 published test questions; every eighth where there is no BLAS, which would take half an hour."""
     from gm_mlx.processor import Processor

@@ -286,3 +286,21 @@ def test_config_round_trip_and_refusals() -> None:
             ImageConfig.from_dict({**good, **change})
     with pytest.raises(UserError, match="'size' is missing"):
         ImageConfig.from_dict({"mode": "pad"})
+
+
+def test_result_carries_no_tags_that_could_turn_it_again() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = io.BytesIO()
+    Image.new("RGB", (6, 4), "red").save(data, "JPEG", exif=exif)
+    stored = load_image(data.getvalue(), exif=False)
+    assert stored.size == (6, 4)
+    assert load_image(stored).size == (6, 4)
+    turned = load_image(data.getvalue())
+    assert turned.size == (4, 6)
+    assert load_image(turned).size == (4, 6)
+
+
+def test_home_of_nobody_is_a_missing_file() -> None:
+    with pytest.raises(UserError, match="no such file"):
+        load_image("~nobody-by-this-name/photo.png")

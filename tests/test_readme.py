@@ -48,7 +48,7 @@ def test_python_block_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 
 @pytest.mark.slow
 def test_installed_package_answers_too(tmp_path: Path) -> None:
-    """``pip install .`` and not ``-e``: the four folders and gm-tiny arrive under one package, and nothing beside it."""
+    """``pip install .`` and not ``-e``: the four folders and gm-tiny arrive under one package, nothing beside it."""
     source, target = tmp_path / "source", tmp_path / "target"
     files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in filter(None, files.split("\0")):

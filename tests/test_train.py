@@ -108,7 +108,11 @@ def test_state_of_another_run_is_refused(processor: Processor, tmp_path: Path) -
 
 @pytest.mark.parametrize(
     ("stage", "learns"),
-    [(1, ("multi_modal_projector.",)), (2, ("multi_modal_projector.", "language_model.")), (3, ("language_model.model.layers.0.mlp.",))],
+    [
+        (1, ("multi_modal_projector.",)),
+        (2, ("multi_modal_projector.", "language_model.")),
+        (3, ("language_model.model.layers.0.mlp.",)),
+    ],
 )
 def test_stage_moves_its_parts_only(processor: Processor, tmp_path: Path, stage: int, learns: tuple[str, ...]) -> None:
     model = tiny_model()  # layer 0 of 2 is sparse
@@ -161,7 +165,7 @@ def test_only_answers_are_learnt(processor: Processor) -> None:
 
 
 def test_example_without_an_answer_is_an_error() -> None:
-    with pytest.raises(UserError, match="example 1 .* no answer"):
+    with pytest.raises(UserError, match=r"example 1 .* no answer"):
         collate([Example([1, 2], [False, True]), Example([1, 2], [False, False])], pad_id=0)
 
 

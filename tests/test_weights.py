@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save
 
 from gm_mlx.config import MoEConfig
+from gm_mlx.cpu import FastQuantizedLinear
 from gm_mlx.errors import UserError
 from gm_mlx.model import Model
 from gm_mlx.safetensors_header import Entry, check_header
@@ -193,6 +194,18 @@ def test_modes(tmp_path: Path, values: dict[str, Any]) -> None:
     assert mx.array_equal(logits, model(mx.array([[5, 9, 300]])))
     error = float(mx.linalg.norm(logits - exact) / mx.linalg.norm(exact))
     assert 0 < error < (0.05 if values["bits"] == 8 else 0.6)
+
+
+def test_a_loaded_model_has_the_fast_layers_of_a_cpu(tmp_path: Path) -> None:
+    model = tiny_model()
+    apply_quantization(model, Q4, lambda path: path.startswith("language_model."))
+    save_model(model, tmp_path)
+    loaded = load_model(tmp_path)
+    assert isinstance(loaded.layers[0].self_attn.q_proj, FastQuantizedLinear)
+    ids = mx.array([np.random.default_rng(0).integers(5, 400, 40).tolist()])
+    np.testing.assert_allclose(np.array(loaded(ids)), np.array(model(ids)), atol=1e-4)
+    save_model(loaded, tmp_path / "again")
+    assert same(model, load_model(tmp_path / "again"))
 
 
 def test_what_the_table_excludes_stays_as_it_is() -> None:

@@ -1,6 +1,6 @@
 """Exact match of a model folder on easy-VQA's published test questions and on held-out generated questions.
 
-    python examples/train_gm_tiny/evaluate.py MODEL [--easy-vqa easy_vqa.tar.gz] [--json FILE]
+python examples/train_gm_tiny/evaluate.py MODEL [--easy-vqa easy_vqa.tar.gz] [--json FILE]
 """
 
 from __future__ import annotations

@@ -52,9 +52,9 @@ def to_half(model: Model) -> None:
     """Everything in float16 that is not packed, but the routers, whose last bits decide."""
     model.update(
         tree_map_with_path(
-            lambda name, array: array.astype(mx.float16)
-            if array.dtype == mx.float32 and ".mlp.gate." not in name
-            else array,
+            lambda name, array: (
+                array.astype(mx.float16) if array.dtype == mx.float32 and ".mlp.gate." not in name else array
+            ),
             model.parameters(),
         )
     )

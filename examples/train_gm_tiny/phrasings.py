@@ -125,7 +125,7 @@ PHRASINGS: dict[str, tuple[str, ...]] = {
     ),
 }
 
-# Weights, not shares: what a scene cannot answer gives its turn away, so the kinds that need several objects weigh more.
+# Weights, not shares: what a scene cannot answer gives its turn away, so kinds that need several objects weigh more.
 TRAINING_MIX = {
     "colour": 0.13,
     "shape": 0.14,

@@ -64,8 +64,8 @@ def patch_label_accuracy(model: PatchLabeller, pixels: np.ndarray, labels: dict[
 class PatchWords:
     """For every patch the words that say what it shows, as vectors in the decoder's embedding space.
 
-    A covered patch is its colour and shape. The patch with an object's centre is also "object" and the object's place
-    in the image, so that the decoder has one patch per object to count and to locate. Any other patch is "nothing".
+    A covered patch is its colour, its shape and its place in the image. The patch with an object's centre is "object"
+    too, so that the decoder has one patch per object to count. Any other patch is "nothing".
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -76,11 +76,11 @@ class PatchWords:
         """Target vectors [B, N, D] of patch labels [B, N]."""
         shapes = mx.stack([self._vector(model, words) for words in ("", *SHAPES)])  # [S, D]
         colours = mx.stack([self._vector(model, words) for words in ("", *COLOURS)])  # [C, D]
-        places = mx.stack([self._vector(model, f"object {place}") for place in self._places])  # [N, D]
+        places = mx.stack([self._vector(model, place) for place in self._places])  # [N, D]
         centre = labels["centre_shape"] > 0
         shape = mx.where(centre, labels["centre_shape"], labels["cover_shape"])
         colour = mx.where(centre, labels["centre_colour"], labels["cover_colour"])
-        target = shapes[shape] + colours[colour] + centre[..., None] * places
+        target = shapes[shape] + colours[colour] + places + centre[..., None] * self._vector(model, "object")
         return mx.where((shape == 0)[..., None], self._vector(model, "nothing"), target)
 
     def _vector(self, model: Model, words: str) -> mx.array:
@@ -106,7 +106,9 @@ def alignment_loss(words: PatchWords) -> Loss:
     def loss(model: Model, batch: tuple[mx.array, dict[str, mx.array]]) -> tuple[mx.array, mx.array]:
         pixels, labels = batch
         distance = (model.encode_images(pixels) - words(model, labels)).square().mean(axis=-1)  # [B, N]
-        weight = mx.where(labels["cover_shape"] + labels["centre_shape"] == 0, 0.1, 1.0)
+        centre, cover = labels["centre_shape"] > 0, labels["cover_shape"] > 0
+        # One patch in thirty is a centre, and all counting hangs on it.
+        weight = mx.where(centre, 4.0, mx.where(cover, 1.0, 0.1))
         return (weight * distance).sum(), mx.array(distance.size)
 
     return loss

@@ -3,7 +3,7 @@
 
     python examples/train_gm_tiny/train.py --easy-vqa easy_vqa.tar.gz --out runs/gm-tiny
 
-MLX's CPU backend computes all but matrix products on one core, so the work is shared by one process per core. A run that
+MLX computes all but matrix products on one CPU core, so the work is shared by one process per core. A run that
 was stopped goes on where it was. Every stage leaves ``log.jsonl`` in its folder; ``evaluate.py`` measures the result.
 """
 
@@ -32,8 +32,8 @@ import mlx.core as mx
 import numpy as np
 from cache import SceneSet, cached_scenes
 from easy_vqa import EasyVQA, load_easy_vqa
-from pretrain import PatchLabeller, PatchWords, alignment_loss, patch_label_accuracy, patch_label_loss, select_decoder
 from phrasings import PHRASINGS
+from pretrain import PatchLabeller, PatchWords, alignment_loss, patch_label_accuracy, patch_label_loss, select_decoder
 from questions import as_typed
 from tokenizer import main as write_tokenizer
 
@@ -58,10 +58,10 @@ HOLD = 500  # scenes at the end of the set that only measure the tower
 BATCH = 32
 RECIPE = {
     "tower": TrainConfig(steps=2000, learning_rate=1e-3),
-    "decoder": TrainConfig(steps=400, learning_rate=1e-3),
-    "stage1": TrainConfig(steps=300, learning_rate=2e-3),
-    "stage2": TrainConfig(steps=2500, learning_rate=1.5e-3),
-    "stage3": TrainConfig(steps=500, learning_rate=5e-4),
+    "decoder": TrainConfig(steps=150, learning_rate=1e-3),
+    "stage1": TrainConfig(steps=400, learning_rate=2e-3),
+    "stage2": TrainConfig(steps=1900, learning_rate=1e-3),
+    "stage3": TrainConfig(steps=250, learning_rate=5e-4),
 }
 
 
@@ -116,9 +116,9 @@ class Data:
     def _asked(self, rng: random.Random) -> Example:
         if rng.random() < 0.3:
             row = rng.randrange(len(self.easy.images))
-            return self._example(self._turns(rng, self.asked[row], 2, 5), self.easy.images[row])
+            return self._example(self._turns(rng, self.asked[row], 3, 5), self.easy.images[row])
         row = rng.randrange(len(self.scenes.images))
-        turns = self._turns(rng, self.scenes.questions[row], 2, 5)
+        turns = self._turns(rng, self.scenes.questions[row], 3, 5)
         if rng.random() < 0.2:
             turns[0] = (rng.choice(PHRASINGS["describe"]), self.scenes.captions[row])
         return self._example(turns, self.scenes.images[row])

@@ -53,9 +53,7 @@ def greedy_answers(
     return answers
 
 
-def _decode(
-    model: Model, processor: Processor, ids: np.ndarray, images: mx.array, max_tokens: int
-) -> list[list[int]]:
+def _decode(model: Model, processor: Processor, ids: np.ndarray, images: mx.array, max_tokens: int) -> list[list[int]]:
     """Token ids of each row's answer, without the token that ended it."""
     cache = [KVCache() for _ in model.layers]
     answers: list[list[int]] = [[] for _ in ids]

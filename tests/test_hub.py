@@ -1,0 +1,174 @@
+"""Names of models: the one in the box, folders, and repositories, with the hub's own client and no network."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+from huggingface_hub import constants
+from huggingface_hub.utils import filter_repo_objects
+
+from gm_mlx import hub
+from gm_mlx.errors import UserError
+from gm_mlx.hub import FETCHED, find_model
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache and no network: a request that left the machine would be refused at once."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "cache"
+
+
+def fill(cache: Path, repo: str) -> Path:
+    """Put a repository into the cache as the client lays it out: blobs, links to them, and a ref."""
+    root = cache / f"models--{repo.replace('/', '--')}"
+    snapshot = root / "snapshots" / COMMIT
+    for folder in (root / "blobs", root / "refs", snapshot):
+        folder.mkdir(parents=True)
+    (root / "refs" / "main").write_text(COMMIT)
+    (root / "blobs" / "aa").write_text("{}")
+    (snapshot / "config.json").symlink_to(Path("../../blobs/aa"))
+    return snapshot
+
+
+@pytest.mark.parametrize("name", [None, "gm-tiny"])
+def test_the_model_in_the_box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str | None) -> None:
+    monkeypatch.setattr(hub.resources, "files", lambda package: tmp_path)
+    with pytest.raises(UserError, match=r"models/gm-tiny: this installation lacks the built-in model"):
+        find_model(name)
+    (tmp_path / "models" / "gm-tiny").mkdir(parents=True)
+    assert find_model(name) == tmp_path / "models" / "gm-tiny"
+
+
+def test_a_folder_wins_over_a_repository(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(cache, "org/name")
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    assert find_model("org/name") == Path("org/name")
+    assert find_model(str(tmp_path)) == tmp_path
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert find_model("~/org") == tmp_path / "org"
+
+
+def test_a_repository_in_the_cache_needs_no_network(cache: Path) -> None:
+    snapshot = fill(cache, "org/Name-2b.v1_x")
+    assert find_model("org/Name-2b.v1_x") == snapshot
+
+
+@pytest.mark.parametrize("name", ["model.gguf", "org/model.gguf", "~/x/model.gguf"])
+def test_gguf_files(cache: Path, name: str) -> None:
+    with pytest.raises(UserError, match=rf"^{name}: GGUF files are not supported by this version"):
+        find_model(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "nowhere", "~nobody/x/y", "a/b/c", "/no/such/folder", "./x", "org/", "org/näme", "a b/c", "x\n/y"]
+)
+def test_neither_a_folder_nor_a_repository(cache: Path, name: str) -> None:
+    with pytest.raises(UserError, match="no such folder; name a model folder"):
+        find_model(name)
+
+
+def test_a_name_that_the_hub_refuses(cache: Path) -> None:
+    with pytest.raises(UserError, match="a/b--c: not a name that a Hugging Face repository can have"):
+        find_model("a/b--c")
+
+
+def test_a_file(cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(UserError, match=r"model\.safetensors: a file, not a model"):
+        find_model("model.safetensors")
+
+
+def test_offline_and_not_in_the_cache(cache: Path) -> None:
+    with pytest.raises(UserError, match=r"^org/name: .*not complete in the local cache, and HF_HUB_OFFLINE is set"):
+        find_model("org/name")
+
+
+def online(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    # The default client object took the address when it was made.
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "127.0.0.1")
+
+
+@pytest.fixture
+def server() -> Iterator[HTTPServer]:
+    """A hub on this machine that answers every request with ``server.reply``."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            status, code = self.server.reply  # type: ignore[attr-defined]
+            self.send_response(status)
+            self.send_header("X-Error-Code", code)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as http:
+        thread = threading.Thread(target=http.serve_forever, daemon=True)
+        thread.start()
+        yield http
+        http.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [
+        ((404, "RepoNotFound"), "no such folder, and no such repository on http"),
+        ((403, "GatedRepo"), "asks for an agreement"),
+    ],
+)
+def test_repositories_that_the_hub_does_not_give(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, server: HTTPServer, reply: tuple[int, str], message: str
+) -> None:
+    server.reply = reply  # type: ignore[attr-defined]
+    online(monkeypatch, f"http://127.0.0.1:{server.server_port}")
+    with pytest.raises(UserError, match=f"^org/name: {message}") as error:
+        find_model("org/name")
+    assert "\n" not in str(error.value)
+
+
+def test_no_network(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as closed:
+        port = closed.server_port
+    online(monkeypatch, f"http://127.0.0.1:{port}")
+    with pytest.raises(UserError, match=rf"not complete in the local cache, and http://127\.0\.0\.1:{port} cannot be"):
+        find_model("org/name")
+    snapshot = fill(cache, "org/name")
+    assert find_model("org/name") == snapshot
+
+
+def test_errors_of_the_client_are_one_line(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError("disk full\nand more")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(UserError, match=r"^org/name: cannot be fetched \(disk full\); try again later$"):
+        find_model("org/name")
+
+
+def test_data_is_fetched_and_code_is_not(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **kwargs: asked.update(kwargs) or "here")
+    assert find_model("org/name") == Path("here")
+    assert asked == {"allow_patterns": list(FETCHED)}
+    data = [
+        "config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.model",
+        "tokenizer.json", "processor_config.json", "gm.json", "chat_template.jinja", "spiece.model",
+    ]  # fmt: skip
+    other = ["modeling_x.py", "pytorch_model.bin", "model.ckpt", "README.md", "onnx/model.onnx", "run.sh", "x.gguf"]
+    assert list(filter_repo_objects([*data, *other], allow_patterns=list(FETCHED))) == data
