@@ -87,7 +87,7 @@ def random_weights(layer: nn.Module) -> nn.Module:
 
     def random(a: mx.array) -> mx.array:
         if a.dtype == mx.uint32:
-            return mx.random.bits(a.shape)
+            return mx.random.randint(-(2**31), 2**31 - 1, a.shape).view(mx.uint32)
         return mx.random.uniform(-0.01, 0.01, a.shape).astype(mx.bfloat16)
 
     layer.update(tree_map(random, layer.parameters()))

@@ -90,7 +90,7 @@ class MLXEngine:
         self._features: OrderedDict[str, mx.array] = OrderedDict()
         self.reset()
         self._pending_notices, self._image_notice = self._find_notices(folder)
-        _use_wired_memory()
+        _set_up_backend()
         _read_weights(self._model, self._progress)
 
     def stream(
@@ -280,9 +280,14 @@ def _check_processor(folder: Path, processor: Processor, model: Model) -> None:
         )
 
 
-def _use_wired_memory() -> None:
-    """Keep a large model's weights in memory between tokens (macOS 15 and later)."""
-    if mx.metal.is_available() and (limit := mx.device_info().get("max_recommended_working_set_size")):
+def _set_up_backend() -> None:
+    """Settings of MLX for the whole process."""
+    if runs_on_cpu():
+        # There mx.compile runs a C++ compiler, a second for each kernel, in the middle of a user's first question;
+        # a token is no slower without. Training loops may switch it on again.
+        mx.disable_compile()
+    # Keeps a large model's weights in memory between tokens (macOS 15 and later).
+    elif mx.metal.is_available() and (limit := mx.device_info().get("max_recommended_working_set_size")):
         mx.set_wired_limit(int(limit))
 
 

@@ -491,6 +491,16 @@ def test_progress(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert told == [("encode", 1, 1), ("prefill", 16, length), ("prefill", length, length)]
 
 
+def test_no_compiler_runs_on_a_cpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(mx, "disable_compile", lambda: calls.append("off"))
+    MLXEngine(folder)
+    assert calls == ["off"]
+    monkeypatch.setattr(mlx_engine, "runs_on_cpu", lambda: False)
+    MLXEngine(folder)
+    assert calls == ["off"]
+
+
 def test_closing_gives_memory_back(folder: Path) -> None:
     engine = MLXEngine(folder)
     ask(engine, [user("What?", 1)], [picture()])

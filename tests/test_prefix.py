@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gm_mlx.prefix import Key, prompt_keys, reusable
@@ -50,7 +50,6 @@ def test_reusable(held: list[Key], wanted: list[Key], count: int) -> None:
     assert reusable(held, wanted) == count
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.lists(st.sampled_from(["t", "u", "A", "B"]), max_size=5),
     st.lists(st.sampled_from("tuAB"), min_size=1, max_size=5),

@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from fixtures import tiny_config, tiny_model
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save
 
@@ -441,7 +441,7 @@ def mutated_files(draw: st.DrawFn) -> bytes:
     return bytes(content[: draw(st.integers(0, len(content)))] if draw(st.booleans()) else content)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=200)
 @given(content=mutated_files())
 def test_a_mutated_file_is_refused_or_read_as_safetensors_reads_it(
     tmp_path_factory: pytest.TempPathFactory, content: bytes

@@ -46,9 +46,9 @@ def greedy_answers(
     for indices in by_length.values():
         for start in range(0, len(indices), batch_size):
             rows = indices[start : start + batch_size]
-            ids = np.array([prompts[row] for row in rows])
+            batch = np.array([prompts[row] for row in rows])
             images = mx.array(np.stack([pixels[row] for row in rows]))
-            for row, answer in zip(rows, _decode(model, processor, ids, images, max_tokens), strict=True):
+            for row, answer in zip(rows, _decode(model, processor, batch, images, max_tokens), strict=True):
                 answers[row] = processor.tokenizer.decode(answer).strip()
     return answers
 

@@ -22,6 +22,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
+import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from gm_mlx.errors import UserError
@@ -104,21 +105,19 @@ def _sum_over_ranks(tree: Any, group: mx.distributed.Group) -> Any:
     if group.size() == 1:
         return tree
     # One message for all: a ring pays its latency per message, and the small gradients are many.
-    flat = tree_flatten(tree)
+    flat = _named(tree)
     joined = mx.concatenate([value.reshape(-1).astype(mx.float32) for _, value in flat])
-    parts = mx.split(mx.distributed.all_sum(joined, group=group), _ends([value.size for _, value in flat]))
+    ends = np.cumsum([value.size for _, value in flat])[:-1].tolist()
+    parts = mx.split(mx.distributed.all_sum(joined, group=group), ends)
     return tree_unflatten([(name, part.reshape(value.shape)) for (name, value), part in zip(flat, parts, strict=True)])
 
 
-def _ends(sizes: list[int]) -> list[int]:
-    ends = [sizes[0]]
-    for size in sizes[1:-1]:
-        ends.append(ends[-1] + size)
-    return ends
+def _named(tree: Any) -> list[tuple[str, mx.array]]:
+    return tree_flatten(tree)  # type: ignore[return-value]
 
 
 def _save(model: nn.Module, optimizer: optim.Optimizer, config: TrainConfig, folder: Path, step: int) -> None:
-    arrays = tree_flatten({"model": model.trainable_parameters(), "optimizer": optimizer.state})
+    arrays = _named({"model": model.trainable_parameters(), "optimizer": optimizer.state})
     metadata = {"step": str(step), "config": json.dumps(asdict(config), sort_keys=True)}
     partial = folder / "state.partial.safetensors"
     mx.save_safetensors(str(partial), dict(arrays), metadata)
@@ -130,12 +129,14 @@ def _resume(model: nn.Module, optimizer: optim.Optimizer, config: TrainConfig, f
     path = folder / "state.safetensors"
     if not path.exists():
         return 0
-    arrays, metadata = mx.load(str(path), return_metadata=True)
+    arrays: dict[str, mx.array]
+    metadata: dict[str, str]
+    arrays, metadata = mx.load(str(path), return_metadata=True)  # type: ignore[assignment,misc]
     if json.loads(metadata["config"]) != json.loads(json.dumps(asdict(config))):
         raise UserError(f"{path}: was made with other hyperparameters; remove {folder} or restore them to go on")
     tree = tree_unflatten(list(arrays.items()))
-    wanted = dict(tree_flatten(model.trainable_parameters()))
-    if sorted(wanted) != sorted(name for name, _ in tree_flatten(tree["model"])):
+    wanted = [name for name, _ in _named(model.trainable_parameters())]
+    if sorted(wanted) != sorted(name for name, _ in _named(tree["model"])):
         raise UserError(f"{path}: belongs to another model; remove {folder} to start over")
     model.update(tree["model"])
     optimizer.state = tree["optimizer"]

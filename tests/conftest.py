@@ -1,0 +1,21 @@
+"""What holds for every test."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# How long an example takes depends on what else the machine does, and says nothing about the code.
+settings.register_profile("gm-mlx", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("gm-mlx")
+
+
+@pytest.fixture(autouse=True)
+def compile_again() -> Iterator[None]:
+    """An engine on a CPU switches ``mx.compile`` off for the process; the next test finds MLX as it comes."""
+    yield
+    if "mlx.core" in sys.modules:
+        sys.modules["mlx.core"].enable_compile()
