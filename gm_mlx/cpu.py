@@ -24,8 +24,8 @@ from gm_mlx.moe import GLU, MLP, SparseMLP
 
 # Below, the stock kernels are as fast: both read all the weights, and unpacking costs as much as a few products.
 MANY_TOKENS = 16
-# Weights unpacked at a time: 8 MB of float32 are still in the cache when they are multiplied.
-BLOCK = 2**21
+# Weights unpacked at a time: 2 MB of float32 are still in the cache when they are multiplied.
+BLOCK = 2**19
 # Numbers per activation call: with its temporaries, what fits a core's own cache.
 CHUNK = 2**15
 
@@ -139,11 +139,11 @@ class Matrix(NamedTuple):
         def unpack(first: int) -> None:
             piece = out[first : first + step]
             source = slice(start + first, start + first + len(piece))
-            codes = self.codes[source].reshape(len(piece), groups, -1)
-            planes = piece[:, :-groups].reshape(len(piece), per_byte, groups, -1)  # a view
+            codes = self.codes[source]
+            scales = np.repeat(self.scales[source], codes.shape[1] // groups, axis=1)
+            planes = piece[:, :-groups].reshape(len(piece), per_byte, -1)  # a view
             for place in range(per_byte):
-                planes[:, place] = (codes >> (self.bits * place)) & mask
-            planes *= self.scales[source, None, :, None]
+                np.multiply((codes >> (self.bits * place)) & mask, scales, out=planes[:, place])
             piece[:, -groups:] = self.biases[source]
 
         step = -(-len(out) // CORES)
