@@ -1,8 +1,8 @@
-"""Quantized layers on MLX's CPU backend, many tokens at a time.
+"""Quantized layers on MLX's CPU backend.
 
 That backend has no tuned kernel for quantized weights: it multiplies one number after the other on one core, at 2
-GFLOP/s. From a dozen tokens on it is far faster to unpack a piece of the matrix to float32 and to multiply it with the
-BLAS that NumPy brings, which uses SIMD and all cores. NumPy computes the activations too: MLX spends 36 ns on a GELU.
+GFLOP/s. It is far faster to unpack a piece of the matrix to float32 and to multiply it with the BLAS that NumPy brings,
+on all cores. NumPy computes the activations too: MLX spends 36 ns on a GELU here.
 
 NumPy needs values, so these layers evaluate what they are given. MLX differentiates through them all the same, with the
 gradient of the stock layer. Inside ``mx.compile``, where nothing can be evaluated, the stock layer runs.
@@ -11,26 +11,33 @@ gradient of the stock layer. Inside ``mx.compile``, where nothing can be evaluat
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from threadpoolctl import ThreadpoolController
 
 from gm_mlx._mlx_lm import QuantizedSwitchLinear, SwitchGLU
 from gm_mlx.moe import GLU, MLP, SparseMLP
 
-# Below, the stock kernels are as fast: both read all the weights, and unpacking costs as much as a few products.
-MANY_TOKENS = 16
-# Weights unpacked at a time: 2 MB of float32 are still in the cache when they are multiplied.
+# Multiply-adds below which the stock kernels run: they take half a millisecond for them, as NumPy's calls do for none.
+WORTH = 2**19
+# Weights that a core unpacks at a time: what of its 2 MB of float32 the core's own cache loses, the shared one keeps.
 BLOCK = 2**19
 # Numbers per activation call: with its temporaries, what fits a core's own cache.
 CHUNK = 2**15
 
 CORES = os.cpu_count() or 1
 POOL = ThreadPoolExecutor(CORES, thread_name_prefix="gm-mlx-cpu")  # NumPy works outside the interpreter lock
+# Each core multiplies what it has just unpacked, so BLAS must not spread one product over all of them: its threads
+# would spin while they wait for each other, for seconds when another program has the core. BLAS counts its threads per
+# process, hence the lock.
+BLAS = ThreadpoolController()
+BLAS_LOCK = threading.Lock()
 
 
 def speed_up(model: nn.Module) -> None:
@@ -39,7 +46,7 @@ def speed_up(model: nn.Module) -> None:
     Parameters keep their names and values: a model that was sped up is saved as the same file.
 
     Args:
-        model: any module; each ``nn.QuantizedLinear``, ``MLP`` and ``SparseMLP`` in it is affected.
+        model: any module; each quantized linear or embedding, ``MLP`` and ``SparseMLP`` in it is affected.
     """
     if mx.default_device().type != mx.DeviceType.cpu:
         return
@@ -50,15 +57,21 @@ def speed_up(model: nn.Module) -> None:
 
 class FastQuantizedLinear(nn.QuantizedLinear):
     def __call__(self, x: mx.array) -> mx.array:
-        stock = super().__call__
         if not _pays(x, self):
-            return stock(x)
+            return super().__call__(x)
+        y = with_stock_gradient(lambda x: Matrix.of(self).times(x), self.stock_product, x)
+        return y + self.bias if "bias" in self else y  # outside, since it may be trained
 
-        def fast(x: np.ndarray) -> np.ndarray:
-            y = Matrix.of(self).times(x)
-            return y + to_numpy(self.bias) if "bias" in self else y
+    def stock_product(self, x: mx.array) -> mx.array:
+        return mx.quantized_matmul(
+            x, self.weight, self.scales, self.biases, transpose=True, group_size=self.group_size, bits=self.bits
+        )
 
-        return with_stock_gradient(fast, stock, x)
+
+class FastQuantizedEmbedding(nn.QuantizedEmbedding):
+    def as_linear(self, x: mx.array) -> mx.array:
+        stock = super().as_linear
+        return with_stock_gradient(lambda x: Matrix.of(self).times(x), stock, x) if _pays(x, self) else stock(x)
 
 
 class FastMLP(MLP):
@@ -88,7 +101,12 @@ class FastSparseMLP(SparseMLP):
         return with_stock_gradient(fast, lambda x, weights: stock(x, experts, weights), x, weights)
 
 
-FAST_LAYERS: dict[type, type] = {nn.QuantizedLinear: FastQuantizedLinear, MLP: FastMLP, SparseMLP: FastSparseMLP}
+FAST_LAYERS: dict[type, type] = {
+    nn.QuantizedLinear: FastQuantizedLinear,
+    nn.QuantizedEmbedding: FastQuantizedEmbedding,
+    MLP: FastMLP,
+    SparseMLP: FastSparseMLP,
+}
 
 
 class Matrix(NamedTuple):
@@ -121,33 +139,34 @@ class Matrix(NamedTuple):
         sums = x.reshape(tokens, groups, -1).sum(axis=2)
         x = np.concatenate([self._in_order_of_codes(x), sums], axis=1)  # [T, in + groups]
         y = np.empty((tokens, rows), np.float32)
-        block = np.empty((min(rows, max(CORES, BLOCK // size)), size + groups), np.float32)
-        for start in range(0, rows, len(block)):
-            weights = block[: rows - start]
-            self._unpack(start, weights)
-            np.matmul(x, weights.T, out=y[:, start : start + len(weights)])
+        step = max(1, min(BLOCK // size, -(-rows // CORES)))
+        starts = iter(range(0, rows, step))
+
+        def work(core: int) -> None:
+            block = np.empty((step, size + groups), np.float32)
+            for start in starts:  # shared: a core that has finished takes the next rows
+                piece = slice(start, min(start + step, rows))
+                weights = block[: piece.stop - start]
+                self._unpack(piece, weights)
+                np.matmul(x, weights.T, out=y[:, piece])
+
+        with BLAS_LOCK, BLAS.limit(limits=1, user_api="blas"):
+            list(POOL.map(work, range(CORES)))
         return y
 
     def _in_order_of_codes(self, x: np.ndarray) -> np.ndarray:
         """Columns of x as ``_unpack`` orders weights: all that come first in their byte, all that come second, ..."""
         return x.reshape(len(x), -1, 8 // self.bits).swapaxes(1, 2).reshape(x.shape)
 
-    def _unpack(self, start: int, out: np.ndarray) -> None:
-        """Write ``len(out)`` rows from ``start`` on, [n, in + groups], with all cores."""
-        groups, per_byte, mask = self.scales.shape[1], 8 // self.bits, 2**self.bits - 1
-
-        def unpack(first: int) -> None:
-            piece = out[first : first + step]
-            source = slice(start + first, start + first + len(piece))
-            codes = self.codes[source]
-            scales = np.repeat(self.scales[source], codes.shape[1] // groups, axis=1)
-            planes = piece[:, :-groups].reshape(len(piece), per_byte, -1)  # a view
-            for place in range(per_byte):
-                np.multiply((codes >> (self.bits * place)) & mask, scales, out=planes[:, place])
-            piece[:, -groups:] = self.biases[source]
-
-        step = -(-len(out) // CORES)
-        list(POOL.map(unpack, range(0, len(out), step)))
+    def _unpack(self, rows: slice, out: np.ndarray) -> None:
+        """Write some rows, [n, in + groups]."""
+        codes, per_byte, mask = self.codes[rows], 8 // self.bits, 2**self.bits - 1
+        groups = self.scales.shape[1]
+        scales = np.repeat(self.scales[rows], codes.shape[1] // groups, axis=1)
+        planes = out[:, :-groups].reshape(len(out), per_byte, -1)  # a view
+        for place in range(per_byte):
+            np.multiply((codes >> (self.bits * place)) & mask, scales, out=planes[:, place])
+        out[:, -groups:] = self.biases[rows]
 
 
 def glu_network(x: np.ndarray, layer: MLP | SwitchGLU, expert: int | None = None) -> np.ndarray:
@@ -218,20 +237,21 @@ def with_stock_gradient(
         return mx.array(y).reshape(*x.shape[:-1], -1).astype(x.dtype)
 
     @call.vjp
-    def backward(inputs: mx.array | tuple[mx.array, ...], cotangent: mx.array, output: mx.array) -> list[mx.array]:
+    def backward(inputs: Any, cotangent: mx.array, output: mx.array) -> list[mx.array]:
         return mx.vjp(stock, list(inputs) if others else [inputs], [cotangent])[1]
 
     return call(x, *others)
 
 
 def _pays(x: mx.array, *layers: nn.Module) -> bool:
-    """Whether there are many tokens, and every layer is one that ``Matrix`` can read.
+    """Whether there is enough to do, and every layer is one that ``Matrix`` can read.
 
     A layer that wraps a quantized one, as LoRA's does, is none: it computes more than a product.
     """
-    return x.size >= MANY_TOKENS * x.shape[-1] and all(
-        type(layer) in (nn.QuantizedLinear, FastQuantizedLinear, QuantizedSwitchLinear)
-        and layer.mode == "affine"
-        and layer.bits in (2, 4, 8)
-        for layer in layers
+    return (
+        all(type(layer) in READABLE and layer.mode == "affine" and layer.bits in (2, 4, 8) for layer in layers)
+        and x.size * layers[0].scales.shape[-2] >= WORTH
     )
+
+
+READABLE = (nn.QuantizedLinear, FastQuantizedLinear, FastQuantizedEmbedding, QuantizedSwitchLinear)

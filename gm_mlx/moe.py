@@ -39,6 +39,19 @@ class MLP(nn.Module):
         return self.down_proj(self.activation(self.up_proj(x), self.gate_proj(x)))
 
 
+class Coefficient(nn.Module):
+    """Shares of the experts and of the dense FFN in residual mode; raw arrays for the reason that routers are."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = mx.zeros((2, hidden_size))
+        self.bias = mx.zeros((2,))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Shares float32 [..., 2] of x [..., D]."""
+        return mx.softmax(x.astype(mx.float32) @ self.weight.astype(mx.float32).T + self.bias, axis=-1)
+
+
 class SparseMLP(nn.Module):
     """A mixture of experts in the place of an MLP (deepspeed.moe.layer.MoE).
 
@@ -56,8 +69,7 @@ class SparseMLP(nn.Module):
         )
         if moe.use_residual:
             self.mlp = MLP(config)
-            # A raw pair of arrays for the reason that routers are: it is never quantized.
-            self.coefficient = {"weight": mx.zeros((2, config.hidden_size)), "bias": mx.zeros((2,))}
+            self.coefficient = Coefficient(config.hidden_size)
 
     def __call__(self, x: mx.array, trace: list[Routing] | None = None) -> mx.array:
         """[B, L, D] to [B, L, D]; appends this layer's ``Routing`` to ``trace`` when one is given."""
@@ -67,8 +79,7 @@ class SparseMLP(nn.Module):
         y = self.combine(x, experts, weights)
         if "mlp" not in self:
             return y
-        mix = x.astype(mx.float32) @ self.coefficient["weight"].astype(mx.float32).T + self.coefficient["bias"]
-        mix = mx.softmax(mix, axis=-1).astype(y.dtype)  # [B, L, 2]
+        mix = self.coefficient(x).astype(y.dtype)  # [B, L, 2]
         return y * mix[..., :1] + self.mlp(x) * mix[..., 1:]
 
     def combine(self, x: mx.array, experts: mx.array, weights: mx.array) -> mx.array:

@@ -8,6 +8,8 @@ that ``evaluate.py`` measures on the quantized weights.
 
 from __future__ import annotations
 
+import gm_mlx  # isort: skip  # loads BLAS, which must happen before anything imports mlx
+
 import argparse
 import hashlib
 import json
@@ -18,7 +20,6 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_map_with_path
 
-from gm_mlx import __version__
 from gm_mlx.model import Model
 from gm_mlx.processor import Processor
 from gm_mlx.weights import apply_quantization, load_model, num_parameters, quantizable_layers, save_model
@@ -100,7 +101,7 @@ def main() -> None:
     weights = partial / "model.safetensors"
     notes = {
         "name": "gm-tiny",
-        "made_by": f"gm-mlx {__version__}, examples/train_gm_tiny",
+        "made_by": f"gm-mlx {gm_mlx.__version__}, examples/train_gm_tiny",
         "notice": NOTICE,
         "quantization": {"experts": EXPERT_BITS, "decoder": OTHER_BITS, "tower and projector": "float16"},
         "sha256": {weights.name: hashlib.sha256(weights.read_bytes()).hexdigest()},
