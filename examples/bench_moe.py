@@ -41,9 +41,9 @@ def main() -> None:
 
     print(f"{platform.machine()}, {os.cpu_count()} cores; mlx {mx.__version__}; BLAS: {gm_mlx._blas.status()}")
     print(f"hidden {args.hidden}, 4 experts of {args.ffn} (top-2) against one network of {2 * args.ffn}; 4-bit")
-    print(
-        f"\n{'tokens':>6} {'kernels':>8} {'sparse ms':>10} {'dense ms':>10} {'sparse/dense':>13} {'runs':>5} {'speed-up':>9}"
-    )
+    columns = f"{'tokens':>6} {'kernels':>8} {'sparse ms':>10} "
+    columns += f"{'dense ms':>10} {'sparse/dense':>13} {'runs':>5} {'speed-up':>9}"
+    print("\n" + columns)
 
     config = text_config(args.hidden, args.ffn)
     wide = text_config(args.hidden, 2 * args.ffn)

@@ -127,10 +127,9 @@ class Matrix(NamedTuple):
     @classmethod
     def of(cls, layer: nn.Module, expert: int | None = None) -> Matrix:
         """The matrix of a quantized layer, or one of the matrices of a ``QuantizedSwitchLinear``."""
-        weight, scales, biases = (
-            layer[name] if expert is None else layer[name][expert] for name in ("weight", "scales", "biases")
-        )
-        return cls(np.asarray(weight).view(np.uint8), to_numpy(scales), to_numpy(biases), layer.bits)
+        index = ... if expert is None else expert
+        codes = np.asarray(layer.weight).view(np.uint8)[index]
+        return cls(codes, to_numpy(layer.scales[index]), to_numpy(layer.biases[index]), layer.bits)
 
     def times(self, x: np.ndarray) -> np.ndarray:
         """The products [T, out] of x [T, in] with every row, in float32."""
@@ -237,10 +236,10 @@ def with_stock_gradient(
         return mx.array(y).reshape(*x.shape[:-1], -1).astype(x.dtype)
 
     @call.vjp
-    def backward(inputs: Any, cotangent: mx.array, output: mx.array) -> list[mx.array]:
+    def backward(inputs: Any, cotangent: mx.array, output: mx.array) -> Any:
         return mx.vjp(stock, list(inputs) if others else [inputs], [cotangent])[1]
 
-    return call(x, *others)
+    return call(x, *others)  # type: ignore[return-value]
 
 
 def _pays(x: mx.array, *layers: nn.Module) -> bool:

