@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Iterator
 
@@ -19,3 +20,7 @@ def compile_again() -> Iterator[None]:
     yield
     if "mlx.core" in sys.modules:
         sys.modules["mlx.core"].enable_compile()
+
+
+# A shell without job control starts background jobs with Ctrl-C ignored, and so would all their children be.
+signal.signal(signal.SIGINT, signal.default_int_handler)
