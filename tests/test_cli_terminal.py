@@ -74,7 +74,7 @@ def session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
 
 def test_a_session_at_a_terminal(session: Callable[..., Session], tmp_path: Path) -> None:
     Image.new("RGB", (8, 6)).save(tmp_path / "picture.png")
-    talk = session(FAKE_PIECE_SECONDS="0.05")
+    talk = session(FAKE_PIECE_SECONDS="0.5")
     talk.wait_for(">>> ")
     talk.type("one " * 60 + "\r")
     talk.wait_for("0 images: one one")
