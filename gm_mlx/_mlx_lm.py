@@ -6,7 +6,7 @@ of them. Importing mlx-lm costs about a second and lowers RLIMIT_NOFILE: import 
 
 from mlx_lm.models.base import create_attention_mask, scaled_dot_product_attention
 from mlx_lm.models.cache import KVCache, QuantizedKVCache, RotatingKVCache
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU, SwitchLinear
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU, SwitchLinear, SwitchMLP
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, make_logits_processors
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "RotatingKVCache",
     "SwitchGLU",
     "SwitchLinear",
+    "SwitchMLP",
     "apply_min_p",
     "apply_top_k",
     "apply_top_p",

@@ -30,7 +30,9 @@ LAYER_MODES = {
     "dense": lambda n: list(range(n)),
 }
 
-ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "quick_gelu")
+ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "quick_gelu", "silu")
+NORMS = ("rms", "layer")
+ATTENTION_BIASES = ("none", "qkv", "all")
 
 # Keys of Hugging Face's text and vision configs that a LLaVA-GM has one value for, or that describe and do not shape.
 DESCRIPTIVE = frozenset(
@@ -86,7 +88,19 @@ class MoEConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """A Gemma-1 decoder, some of whose FFNs may be mixtures of experts."""
+    """A decoder, some of whose FFNs may be mixtures of experts. The defaults are Gemma-1's.
+
+    What sets the families apart, one field each:
+
+    Attributes:
+        norm: "rms", or "layer" for LayerNorm with bias (StableLM, Phi).
+        norm_plus_one: RMSNorm multiplies by 1 + weight (Gemma) and not by weight (Llama, Mistral, Qwen).
+        scale_embeddings: token embeddings are multiplied by sqrt(hidden_size) (Gemma).
+        attention_bias: which of attention's linears have a bias: "none", "qkv" (Qwen, StableLM) or "all" (Phi).
+        partial_rotary_factor: the share of a head that is rotated (StableLM 0.25, Phi-2 0.4).
+        parallel_block: attention and FFN both read the block's one norm and are added together (Phi).
+        gated: the FFN is ``down(act(gate x) * up x)`` without biases, or else ``fc2(act(fc1 x))`` with biases (Phi).
+    """
 
     hidden_size: int
     intermediate_size: int
@@ -100,12 +114,32 @@ class TextConfig:
     rope_theta: float = 10000.0
     max_position_embeddings: int = 8192
     tie_word_embeddings: bool = True
+    norm: Literal["rms", "layer"] = "rms"
+    norm_plus_one: bool = True
+    scale_embeddings: bool = True
+    attention_bias: Literal["none", "qkv", "all"] = "none"
+    partial_rotary_factor: float = 1.0
+    parallel_block: bool = False
+    gated: bool = True
     moe: MoEConfig | None = None
 
     def __post_init__(self) -> None:
         _check_activation("text_config", self.hidden_act)
+        for key, allowed in (("norm", NORMS), ("attention_bias", ATTENTION_BIASES)):
+            if getattr(self, key) not in allowed:
+                raise UserError(f"text_config.{key}: {getattr(self, key)!r} is not one of {list(allowed)}")
+        if not 0 < self.partial_rotary_factor <= 1 or self.rotary_dim % 2:
+            raise UserError(
+                f"text_config.partial_rotary_factor: {self.partial_rotary_factor} of a head of {self.head_dim} is not "
+                "an even number of its channels"
+            )
         if isinstance(self.moe, dict):
             object.__setattr__(self, "moe", _from_dict(MoEConfig, self.moe, "text_config.moe"))
+
+    @property
+    def rotary_dim(self) -> int:
+        """Channels of a head that rotary positions turn; the others pass as they are."""
+        return int(self.head_dim * self.partial_rotary_factor)
 
     @property
     def sparse_layers(self) -> list[int]:

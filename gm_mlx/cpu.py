@@ -64,7 +64,14 @@ class FastQuantizedLinear(nn.QuantizedLinear):
 
     def stock_product(self, x: mx.array) -> mx.array:
         return mx.quantized_matmul(
-            x, self.weight, self.scales, self.biases, transpose=True, group_size=self.group_size, bits=self.bits
+            x,
+            self.weight,
+            self.scales,
+            self.get("biases"),
+            transpose=True,
+            group_size=self.group_size,
+            bits=self.bits,
+            mode=self.mode,
         )
 
 
@@ -84,9 +91,9 @@ class FastMLP(MLP):
 
 class FastSparseMLP(SparseMLP):
     def combine(self, x: mx.array, experts: mx.array, weights: mx.array) -> mx.array:
-        layer: SwitchGLU = self.switch_mlp
+        layer = self.switch_mlp
         stock = super().combine
-        if not _pays(x, layer.gate_proj, layer.up_proj, layer.down_proj):
+        if not isinstance(layer, SwitchGLU) or not _pays(x, layer.gate_proj, layer.up_proj, layer.down_proj):
             return stock(x, experts, weights)
 
         def fast(x: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -110,18 +117,19 @@ FAST_LAYERS: dict[type, type] = {
 
 
 class Matrix(NamedTuple):
-    """A quantized matrix [out, in] in MLX's affine packing: 8 / bits codes to the byte, the first one lowest.
+    """A quantized matrix [out, in] in MLX's packing: one stream of bits per row, the first code in the lowest bits.
 
     Attributes:
         codes: uint8 [out, in * bits / 8].
         scales: float32 [out, groups].
-        biases: float32 [out, groups]; a weight is its code times its group's scale plus its group's bias.
-        bits: 2, 4 or 8.
+        biases: float32 [out, groups], or None for MXFP4. A weight is its code times its group's scale plus its group's
+            bias; for MXFP4 the code stands for a number of ``FP4``.
+        bits: 2, 3, 4, 5, 6 or 8.
     """
 
     codes: np.ndarray
     scales: np.ndarray
-    biases: np.ndarray
+    biases: np.ndarray | None
     bits: int
 
     @classmethod
@@ -129,43 +137,61 @@ class Matrix(NamedTuple):
         """The matrix of a quantized layer, or one of the matrices of a ``QuantizedSwitchLinear``."""
         index = ... if expert is None else expert
         codes = np.asarray(layer.weight).view(np.uint8)[index]
+        if layer.mode == "mxfp4":
+            exponents = np.asarray(layer.scales)[index].astype(np.int32) - 127
+            return cls(codes, np.ldexp(np.float32(1), exponents), None, layer.bits)
         return cls(codes, to_numpy(layer.scales[index]), to_numpy(layer.biases[index]), layer.bits)
 
     def times(self, x: np.ndarray) -> np.ndarray:
         """The products [T, out] of x [T, in] with every row, in float32."""
         (tokens, size), (rows, groups) = x.shape, self.scales.shape
-        # The bias of a group is one more weight, and what it is multiplied with is the sum of the group's inputs.
-        sums = x.reshape(tokens, groups, -1).sum(axis=2)
-        x = np.concatenate([self._in_order_of_codes(x), sums], axis=1)  # [T, in + groups]
+        ordered = self._in_order_of_codes(x)
+        if self.biases is not None:
+            # The bias of a group is one more weight, and what it is multiplied with is the sum of the group's inputs.
+            ordered = np.concatenate([ordered, x.reshape(tokens, groups, -1).sum(axis=2)], axis=1)  # [T, in + groups]
         y = np.empty((tokens, rows), np.float32)
         step = max(1, min(BLOCK // size, -(-rows // CORES)))
         starts = iter(range(0, rows, step))
 
         def work(core: int) -> None:
-            block = np.empty((step, size + groups), np.float32)
+            block = np.empty((step, ordered.shape[1]), np.float32)
             for start in starts:  # shared: a core that has finished takes the next rows
                 piece = slice(start, min(start + step, rows))
                 weights = block[: piece.stop - start]
                 self._unpack(piece, weights)
-                np.matmul(x, weights.T, out=y[:, piece])
+                np.matmul(ordered, weights.T, out=y[:, piece])
 
         with BLAS_LOCK, BLAS.limit(limits=1, user_api="blas"):
             list(POOL.map(work, range(CORES)))
         return y
 
     def _in_order_of_codes(self, x: np.ndarray) -> np.ndarray:
-        """Columns of x as ``_unpack`` orders weights: all that come first in their byte, all that come second, ..."""
-        return x.reshape(len(x), -1, 8 // self.bits).swapaxes(1, 2).reshape(x.shape)
+        """Columns of x as ``_unpack`` orders weights: all that come first in their bytes, all that come second, ..."""
+        return x.reshape(len(x), -1, CODES_PER_UNIT[self.bits]).swapaxes(1, 2).reshape(x.shape)
 
     def _unpack(self, rows: slice, out: np.ndarray) -> None:
-        """Write some rows, [n, in + groups]."""
-        codes, per_byte, mask = self.codes[rows], 8 // self.bits, 2**self.bits - 1
+        """Write some rows, [n, in] and their biases behind them."""
+        per_unit, mask = CODES_PER_UNIT[self.bits], np.uint8(2**self.bits - 1)
+        units = self.codes[rows].reshape(len(out), -1, per_unit * self.bits // 8)  # [n, units, bytes]
         groups = self.scales.shape[1]
-        scales = np.repeat(self.scales[rows], codes.shape[1] // groups, axis=1)
-        planes = out[:, :-groups].reshape(len(out), per_byte, -1)  # a view
-        for place in range(per_byte):
-            np.multiply((codes >> (self.bits * place)) & mask, scales, out=planes[:, place])
-        out[:, -groups:] = self.biases[rows]
+        size = units.shape[1] * per_unit
+        scales = np.repeat(self.scales[rows], units.shape[1] // groups, axis=1)  # [n, units]
+        planes = out[:, :size].reshape(len(out), per_unit, -1)  # a view
+        for place in range(per_unit):
+            byte, shift = divmod(self.bits * place, 8)
+            codes = units[:, :, byte] >> shift
+            if shift + self.bits > 8:  # its upper bits are in the next byte
+                codes |= units[:, :, byte + 1] << (8 - shift)
+            codes &= mask
+            np.multiply(codes if self.biases is not None else FP4[codes], scales, out=planes[:, place])
+        if self.biases is not None:
+            out[:, size:] = self.biases[rows]
+
+
+# The fewest codes that fill whole bytes, by their bits.
+CODES_PER_UNIT = {2: 4, 3: 8, 4: 2, 5: 8, 6: 4, 8: 1}
+# The numbers of MXFP4's codes (OCP Microscaling formats, E2M1: sign, two bits of exponent, one of mantissa).
+FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 
 
 def glu_network(x: np.ndarray, layer: MLP | SwitchGLU, expert: int | None = None) -> np.ndarray:
@@ -209,10 +235,17 @@ def _quick_gelu(x: np.ndarray) -> np.ndarray:
     return np.divide(x, y, out=y)
 
 
+def _silu(x: np.ndarray) -> np.ndarray:
+    y = np.exp(-x)
+    y += 1
+    return np.divide(x, y, out=y)
+
+
 # NumPy has no erf: the exact GELU stays with MLX.
 NUMPY_ACTIVATIONS: dict[Callable[..., mx.array], Callable[[np.ndarray], np.ndarray]] = {
     nn.gelu_approx: _gelu_tanh,
     nn.gelu_fast_approx: _quick_gelu,
+    nn.silu: _silu,
 }
 
 
@@ -248,7 +281,7 @@ def _pays(x: mx.array, *layers: nn.Module) -> bool:
     A layer that wraps a quantized one, as LoRA's does, is none: it computes more than a product.
     """
     return (
-        all(type(layer) in READABLE and layer.mode == "affine" and layer.bits in (2, 4, 8) for layer in layers)
+        all(type(layer) in READABLE and layer.mode in ("affine", "mxfp4") for layer in layers)
         and x.size * layers[0].scales.shape[-2] >= WORTH
     )
 

@@ -1,5 +1,6 @@
-"""The decoder: Gemma-1 (GemmaModel in transformers), with dense or sparse feed-forward layers in one block class.
+"""The decoder, with dense or sparse feed-forward layers in one block class.
 
+Gemma-1 (GemmaModel in transformers) is what LLaVA-GM is made of; ``TextConfig`` says how the other families differ.
 What is special in Gemma-1 (see the parity tests for each):
 - RMSNorm multiplies by (1 + weight), in float32;
 - token embeddings are multiplied by sqrt(hidden_size), rounded to the activation dtype;
@@ -15,38 +16,47 @@ import mlx.nn as nn
 
 from gm_mlx._mlx_lm import create_attention_mask, scaled_dot_product_attention
 from gm_mlx.config import TextConfig
-from gm_mlx.moe import MLP, SparseMLP
+from gm_mlx.moe import SparseMLP, make_mlp
 from gm_mlx.router import Routing
 
 Cache = list[Any]  # one mlx-lm cache object per layer
 
 
 class RMSNorm(nn.Module):
-    """Gemma's RMSNorm: weights are stored as an offset from one (GemmaRMSNorm)."""
+    """RMSNorm whose weights are the factors (LlamaRMSNorm), or their offsets from one (GemmaRMSNorm)."""
 
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, size: int, eps: float, plus_one: bool) -> None:
         super().__init__()
-        self.weight = mx.zeros((size,))
+        self.weight = mx.zeros((size,)) if plus_one else mx.ones((size,))
         self.eps = eps
+        self.offset = 1.0 if plus_one else 0.0
 
     def __call__(self, x: mx.array) -> mx.array:
         # 1 + weight in half precision would lose the weight's low bits, so the sum is made in float32.
-        return mx.fast.rms_norm(x, 1.0 + self.weight.astype(mx.float32), self.eps).astype(x.dtype)
+        return mx.fast.rms_norm(x, self.offset + self.weight.astype(mx.float32), self.eps).astype(x.dtype)
+
+
+def make_norm(config: TextConfig) -> nn.Module:
+    """The norm that the config asks for."""
+    if config.norm == "layer":
+        return nn.LayerNorm(config.hidden_size, eps=config.rms_norm_eps)
+    return RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm_plus_one)
 
 
 class Attention(nn.Module):
-    """Causal attention with shared key/value heads and rotary positions over the whole head (GemmaAttention)."""
+    """Causal attention with shared key/value heads and rotary positions (GemmaAttention, LlamaAttention)."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         size, dim = config.hidden_size, config.head_dim
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.scale = dim**-0.5
-        self.q_proj = nn.Linear(size, self.num_heads * dim, bias=False)
-        self.k_proj = nn.Linear(size, self.num_kv_heads * dim, bias=False)
-        self.v_proj = nn.Linear(size, self.num_kv_heads * dim, bias=False)
-        self.o_proj = nn.Linear(self.num_heads * dim, size, bias=False)
-        self.rope = nn.RoPE(dim, traditional=False, base=config.rope_theta)
+        bias = config.attention_bias != "none"
+        self.q_proj = nn.Linear(size, self.num_heads * dim, bias=bias)
+        self.k_proj = nn.Linear(size, self.num_kv_heads * dim, bias=bias)
+        self.v_proj = nn.Linear(size, self.num_kv_heads * dim, bias=bias)
+        self.o_proj = nn.Linear(self.num_heads * dim, size, bias=config.attention_bias == "all")
+        self.rope = nn.RoPE(config.rotary_dim, traditional=False, base=config.rope_theta)
 
     def __call__(self, x: mx.array, mask: mx.array | str | None, cache: Any = None) -> mx.array:
         batch, length, _ = x.shape
@@ -62,21 +72,24 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm decoder layer (GemmaDecoderLayer); the config says whether its feed-forward network is sparse."""
+    """A pre-norm decoder layer (GemmaDecoderLayer, PhiDecoderLayer); the config says whether its FFN is sparse."""
 
     def __init__(self, config: TextConfig, layer: int) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = make_norm(config)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if not config.parallel_block:
+            self.post_attention_layernorm = make_norm(config)
         sparse = config.moe is not None and layer in config.sparse_layers
-        self.mlp = SparseMLP(config, config.moe, layer) if sparse else MLP(config)  # type: ignore[arg-type]
+        self.mlp = SparseMLP(config, config.moe, layer) if sparse else make_mlp(config)  # type: ignore[arg-type]
 
     def __call__(
         self, x: mx.array, mask: mx.array | str | None, cache: Any = None, trace: list[Routing] | None = None
     ) -> mx.array:
-        x = x + self.self_attn(self.input_layernorm(x), mask, cache)
-        h = self.post_attention_layernorm(x)
+        h = self.input_layernorm(x)
+        x = x + self.self_attn(h, mask, cache)
+        if "post_attention_layernorm" in self:
+            h = self.post_attention_layernorm(x)
         return x + (self.mlp(h, trace) if isinstance(self.mlp, SparseMLP) else self.mlp(h))
 
 
@@ -87,7 +100,7 @@ class DecoderStack(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = [Block(config, i) for i in range(config.num_hidden_layers)]
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = make_norm(config)
 
     def __call__(self, x: mx.array, cache: Cache | None = None, trace: list[Routing] | None = None) -> mx.array:
         """Hidden states [B, L, D] of embeddings [B, L, D], normalised and ready for the head."""
@@ -103,7 +116,7 @@ class LanguageModel(nn.Module):
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.scale = config.hidden_size**0.5
+        self.scale = config.hidden_size**0.5 if config.scale_embeddings else 1.0
         self.model = DecoderStack(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -115,7 +128,7 @@ class LanguageModel(nn.Module):
 
     @property
     def embedding_scale(self) -> mx.array:
-        """sqrt(hidden_size), rounded to the activation dtype as transformers does since 4.39."""
+        """Gemma's sqrt(hidden_size), rounded to the activation dtype as transformers does since 4.39; else one."""
         return mx.array(self.scale, dtype=self.dtype)
 
     def embed(self, ids: mx.array) -> mx.array:

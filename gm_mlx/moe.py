@@ -1,7 +1,8 @@
 """Feed-forward networks of the decoder: dense, and as a mixture of experts.
 
-The experts are mlx-lm's ``SwitchGLU``: weights stacked [E, out, in], tokens sorted by expert from 64 assignments up so
-that each expert's weights are read once. Everything stays lazy: no index ever comes to the host.
+The experts are mlx-lm's ``SwitchGLU`` (``SwitchMLP`` where there is no gate): weights stacked [E, out, in], tokens
+sorted by expert from 64 assignments up so that each expert's weights are read once. Everything stays lazy: no index ever
+comes to the host.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
-from gm_mlx._mlx_lm import SwitchGLU
+from gm_mlx._mlx_lm import SwitchGLU, SwitchMLP
 from gm_mlx.activations import ACTIVATIONS
 from gm_mlx.config import MoEConfig, TextConfig
 from gm_mlx.router import Routing, choose, make_router
@@ -26,7 +27,7 @@ class GLU:
 
 
 class MLP(nn.Module):
-    """Gated feed-forward network (GemmaMLP: GeGLU with the tanh GELU)."""
+    """Gated feed-forward network (GemmaMLP: GeGLU with the tanh GELU; LlamaMLP: SwiGLU)."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -37,6 +38,32 @@ class MLP(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.down_proj(self.activation(self.up_proj(x), self.gate_proj(x)))
+
+
+class PlainMLP(nn.Module):
+    """Feed-forward network without a gate, with biases (PhiMLP)."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[config.hidden_act]
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+def make_mlp(config: TextConfig) -> MLP | PlainMLP:
+    """The dense feed-forward network that the config asks for."""
+    return MLP(config) if config.gated else PlainMLP(config)
+
+
+def make_experts(config: TextConfig, moe: MoEConfig) -> SwitchGLU | SwitchMLP:
+    """The stacked experts that the config asks for."""
+    sizes = (config.hidden_size, config.intermediate_size, moe.num_experts)
+    if config.gated:
+        return SwitchGLU(*sizes, activation=GLU(config.hidden_act))
+    return SwitchMLP(*sizes, activation=ACTIVATIONS[config.hidden_act], bias=True)
 
 
 class Coefficient(nn.Module):
@@ -64,11 +91,9 @@ class SparseMLP(nn.Module):
         self.top_k = moe.top_k
         self.norm_topk_prob = moe.norm_topk_prob
         self.gate = make_router(moe, config.hidden_size)
-        self.switch_mlp = SwitchGLU(
-            config.hidden_size, config.intermediate_size, moe.num_experts, activation=GLU(config.hidden_act)
-        )
+        self.switch_mlp = make_experts(config, moe)
         if moe.use_residual:
-            self.mlp = MLP(config)
+            self.mlp = make_mlp(config)
             self.coefficient = Coefficient(config.hidden_size)
 
     def __call__(self, x: mx.array, trace: list[Routing] | None = None) -> mx.array:

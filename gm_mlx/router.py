@@ -75,12 +75,17 @@ def make_router(config: MoEConfig, hidden_size: int) -> Router | LowRankRouter:
     return Router(hidden_size, config.num_experts)
 
 
-def low_rank(weight: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
+def low_rank(weight: np.ndarray, rank: int, covariance: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Factors of a router: the best of their rank for routing.
+
+    Best means the least squared error of the centred logits: for inputs that are alike in all directions, or for inputs
+    x of which the mean of x x^T is known. In that case the answer is P W, with P the projector on the strongest
+    directions of the centred logits' own covariance W C W^T: it takes no inverse, so C may be singular.
 
     Args:
         weight: a full router's weight [E, D].
         rank: 1 to E - 1; E - 1 is exact.
+        covariance: mean of x x^T over the router's inputs x, [D, D]; or None.
 
     Returns:
         ``u`` [D, rank] and ``v`` [rank, E], float32, with ``(x u) v`` equal to ``x weight^T`` up to a constant per
@@ -93,9 +98,24 @@ def low_rank(weight: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"rank {rank} of a router with {len(weight)} experts is not between 1 and {len(weight) - 1}")
     weight = weight.astype(np.float64)
     left, singular, right = np.linalg.svd(weight - weight.mean(axis=0), full_matrices=False)
+    # Of E directions of centred logits, the last one is nothing but rounding.
+    directions, rows = left[:, : len(weight) - 1], (singular[:, None] * right)[: len(weight) - 1]  # [E, E-1], [E-1, D]
+    if covariance is not None:
+        moment = rows @ covariance.astype(np.float64) @ rows.T
+        # Directions in which the inputs never differ are ranked by the weights: a tiny share of the plain rule does it.
+        moment = _unit_trace(moment) + 1e-9 * _unit_trace(rows @ rows.T)
+        turn = np.linalg.eigh(moment)[1][:, ::-1]  # strongest first
+        directions, rows = directions @ turn, turn.T @ rows
+    directions, rows = directions[:, :rank], rows[:rank]
     # The scale is split between the factors, so that neither becomes small in a half-precision file.
-    scale = np.sqrt(singular[:rank])
-    return (right[:rank].T * scale).astype(np.float32), (scale[:, None] * left[:, :rank].T).astype(np.float32)
+    scale = np.sqrt(np.linalg.norm(rows, axis=1, keepdims=True))  # [rank, 1]
+    u = np.divide(rows, scale, out=np.zeros_like(rows), where=scale > 0)
+    return u.T.astype(np.float32), (scale * directions.T).astype(np.float32)
+
+
+def _unit_trace(moment: np.ndarray) -> np.ndarray:
+    trace = np.trace(moment)
+    return moment / trace if trace > 0 else moment
 
 
 def choose(logits: mx.array, top_k: int, norm_topk_prob: bool) -> tuple[mx.array, mx.array, mx.array]:

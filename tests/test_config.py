@@ -39,7 +39,7 @@ configs = st.builds(
             ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
             sizes,
         ),
-        head_dim=sizes,
+        head_dim=sizes.map(lambda size: 2 * size),
         vocab_size=sizes,
         hidden_act=st.sampled_from(ACTIVATIONS),
         rms_norm_eps=st.floats(1e-8, 1e-3),
@@ -139,7 +139,7 @@ def test_what_describes_and_does_not_shape_is_kept() -> None:
         ("vision_feature_layer", -6, "vision_feature_layer: -6 is outside a tower of 4 layers"),
         ("vision_feature_layer", 5, "vision_feature_layer: 5 is outside a tower of 4 layers"),
         ("vision_feature_select_strategy", "cls", "vision_feature_select_strategy: 'cls' is not"),
-        ("projector_hidden_act", "silu", "projector_hidden_act: activation 'silu' is not"),
+        ("projector_hidden_act", "swish9", "projector_hidden_act: activation 'swish9' is not"),
     ],
 )
 def test_what_would_be_another_model_is_refused_by_name(path: str, value: Any, message: str) -> None:

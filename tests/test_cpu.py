@@ -67,12 +67,21 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("shape", [(32,), (1, 70), (2, 40)])
-@pytest.mark.parametrize(("bits", "group_size"), [(2, 64), (4, 32), (4, 64), (4, 128), (8, 64)])
+@pytest.mark.parametrize(
+    ("bits", "group_size", "mode"),
+    [
+        *((bits, 64, "affine") for bits in (2, 3, 4, 5, 6, 8)),
+        (3, 32, "affine"),
+        (4, 32, "affine"),
+        (4, 128, "affine"),
+        (4, 32, "mxfp4"),
+    ],
+)
 @pytest.mark.parametrize("make", LAYERS)
 def test_values_are_those_of_the_stock_layer(
-    make: Callable[..., nn.Module], bits: int, group_size: int, shape: tuple[int, ...], products: list[int]
+    make: Callable[..., nn.Module], bits: int, group_size: int, mode: str, shape: tuple[int, ...], products: list[int]
 ) -> None:
-    layer, x = make(bits=bits, group_size=group_size), tokens(*shape)
+    layer, x = make(bits=bits, group_size=group_size, mode=mode), tokens(*shape)
     stock = np.array(layer(x))
     assert not products
     cpu.speed_up(layer)
@@ -95,7 +104,7 @@ def test_half_precision_scales_with_float32_activations(make: Callable[..., nn.M
     assert products
 
 
-@pytest.mark.parametrize("activation", ["gelu", "gelu_pytorch_tanh", "quick_gelu"])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_pytorch_tanh", "quick_gelu", "silu"])
 def test_every_activation(activation: str, products: list[int]) -> None:
     layer, x = dense(activation, bits=8), 20 * tokens(1, 40)  # far into both tails
     stock = np.array(layer(x))
@@ -138,11 +147,21 @@ def test_few_tokens_stay_with_the_stock_kernels(make: Callable[..., nn.Module], 
 
 
 @pytest.mark.parametrize("make", LAYERS)
-@pytest.mark.parametrize("quantization", [{"bits": 3}, {"bits": 6}, {"mode": "mxfp4"}], ids=str)
+@pytest.mark.parametrize("quantization", [{"mode": "mxfp8"}, {"mode": "nvfp4"}], ids=str)
 def test_other_quantizations_stay_with_the_stock_kernels(
     make: Callable[..., nn.Module], quantization: dict[str, Any], products: list[int]
 ) -> None:
     layer, x = make(**quantization), tokens(1, 40)
+    stock = layer(x)
+    cpu.speed_up(layer)
+    assert mx.array_equal(layer(x), stock)
+    assert not products
+
+
+def test_experts_without_a_gate_stay_with_the_stock_kernels(products: list[int]) -> None:
+    layer = SparseMLP(replace(WIDE, gated=False), MoEConfig(), layer=0)
+    nn.quantize(layer)
+    x = tokens(1, 40)
     stock = layer(x)
     cpu.speed_up(layer)
     assert mx.array_equal(layer(x), stock)

@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 from gm_mlx import _mlx_lm
 from gm_mlx._mlx_lm import (
@@ -17,6 +18,7 @@ from gm_mlx._mlx_lm import (
     RotatingKVCache,
     SwitchGLU,
     SwitchLinear,
+    SwitchMLP,
     apply_min_p,
     apply_top_k,
     apply_top_p,
@@ -152,6 +154,23 @@ def test_SwitchGLU(tokens: int) -> None:
             e, row = int(experts[0, token, place]), x[0, token]  # type: ignore[arg-type]
             gate, up, down = (getattr(layer, f"{name}_proj").weight[e] for name in ("gate", "up", "down"))
             assert mx.allclose(found[0, token, place], down @ activation(up @ row, gate @ row), atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_SwitchMLP(tokens: int) -> None:
+    layer = SwitchMLP(8, 16, 4, activation=nn.gelu_approx, bias=True)
+    assert {name for name, _ in tree_flatten(layer.parameters())} == {
+        f"fc{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")
+    }
+    layer.fc1.bias, layer.fc2.bias = mx.random.normal((4, 16)), mx.random.normal((4, 8))
+    x = mx.random.normal((1, tokens, 8))
+    experts = mx.random.randint(0, 4, (1, tokens, 2))
+    found = layer(x, experts)
+    for token in range(tokens):
+        for place in range(2):
+            e = int(experts[0, token, place])  # type: ignore[arg-type]
+            hidden = nn.gelu_approx(layer.fc1.weight[e] @ x[0, token] + layer.fc1.bias[e])
+            assert mx.allclose(found[0, token, place], layer.fc2.weight[e] @ hidden + layer.fc2.bias[e], atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """What downloading SigLIP and Gemma is to LLaVA, and stage 1: a tower that sees, a decoder that speaks, and the link.
 
-The tower learns to label its own patches: which shape and colour covers each, and whose centre lies in it. That is
-dense supervision, and it teaches in minutes what questions and answers alone do not teach in hours. The decoder learns
+The tower learns to label its own patches: which shape and colour covers each, where the centre of that object is, and
+whose centre lies in the patch. That is dense supervision, and it teaches in minutes what questions and answers alone do
+not teach in hours. The decoder learns
 to answer questions about pictures that are described to it in words.
 
 Stage 1 trains the projector on captions of patches: the feature of a patch that shows a red circle is to be the sum of
@@ -23,7 +24,8 @@ from gm_mlx.tokenizer import Tokenizer
 from gm_mlx.train.loop import Loss
 from gm_mlx.vision import VisionTower
 
-CLASSES = {"shape": 1 + len(SHAPES), "colour": 1 + len(COLOURS)}  # class 0 is "nothing here"
+# Class 0 is "nothing here".
+CLASSES = {"shape": 1 + len(SHAPES), "colour": 1 + len(COLOURS), "row": 1 + GRID, "column": 1 + GRID}
 
 
 class PatchLabeller(nn.Module):
@@ -64,23 +66,33 @@ def patch_label_accuracy(model: PatchLabeller, pixels: np.ndarray, labels: dict[
 class PatchWords:
     """For every patch the words that say what it shows, as vectors in the decoder's embedding space.
 
-    A covered patch is its colour, its shape and its place in the image. The patch with an object's centre is "object"
-    too, so that the decoder has one patch per object to count. Any other patch is "nothing".
+    A covered patch is its object's colour, shape and place in the image. The place is that of the object's centre, so
+    whichever of an object's patches the decoder finds, it reads the right answer there. Its words are the third of
+    the image ("top left"), plus as much of "right" less "left" and of "bottom" less "top" as the centre is off the
+    middle: two objects can be compared by it. The patch with an object's centre is "object" too, so that the decoder
+    has one patch per object to count. Any other patch is "nothing".
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._places = [POSITIONS[_third(row)][_third(column)] for row in range(GRID) for column in range(GRID)]
 
     def __call__(self, model: Model, labels: dict[str, mx.array]) -> mx.array:
         """Target vectors [B, N, D] of patch labels [B, N]."""
         shapes = mx.stack([self._vector(model, words) for words in ("", *SHAPES)])  # [S, D]
         colours = mx.stack([self._vector(model, words) for words in ("", *COLOURS)])  # [C, D]
-        places = mx.stack([self._vector(model, place) for place in self._places])  # [N, D]
+        places = mx.stack([self._vector(model, place) for row in POSITIONS for place in row])  # [9, D]
+        rightward = self._vector(model, "right") - self._vector(model, "left")  # [D]
+        downward = self._vector(model, "bottom") - self._vector(model, "top")
         centre = labels["centre_shape"] > 0
         shape = mx.where(centre, labels["centre_shape"], labels["cover_shape"])
         colour = mx.where(centre, labels["centre_colour"], labels["cover_colour"])
-        target = shapes[shape] + colours[colour] + places + centre[..., None] * self._vector(model, "object")
+        patch = mx.arange(GRID * GRID)
+        # Patches that show nothing have row and column -1 here; the last line drops them.
+        row = mx.where(centre, patch // GRID, labels["cover_row"].astype(mx.int32) - 1)
+        column = mx.where(centre, patch % GRID, labels["cover_column"].astype(mx.int32) - 1)
+        target = shapes[shape] + colours[colour] + places[3 * _third(row) + _third(column)]
+        target = target + _offset(column) * rightward + _offset(row) * downward
+        target = target + centre[..., None] * self._vector(model, "object")
         return mx.where((shape == 0)[..., None], self._vector(model, "nothing"), target)
 
     def _vector(self, model: Model, words: str) -> mx.array:
@@ -92,12 +104,18 @@ class PatchWords:
         return model.language_model.embed(mx.array(tokens)).sum(axis=(0, 1)) / 2
 
 
-def _third(patch: int) -> int:
+def _third(patch: mx.array) -> mx.array:
     """Which third of the image the objects are in whose centre is in this row or column of patches.
 
     Patches 2 and 5 hold the borders between thirds; centres there keep to the outer side, see ``scenes.band``.
     """
-    return 0 if patch <= 2 else 2 if patch >= 5 else 1
+    return (patch >= 3).astype(mx.int32) + (patch >= 5).astype(mx.int32)
+
+
+def _offset(patch: mx.array) -> mx.array:
+    """How far a row or column of patches is off the middle, from -1 to 1, as [B, N, 1]."""
+    middle = (GRID - 1) / 2
+    return ((patch - middle) / middle)[..., None]
 
 
 def alignment_loss(words: PatchWords) -> Loss:

@@ -37,7 +37,7 @@ COLOURS = {
 COLOUR_NAMES = tuple(COLOURS)
 EASY_SHAPES = SHAPES[:3]
 EASY_COLOURS = COLOUR_NAMES[:8]
-LABELS = ("cover_shape", "cover_colour", "centre_shape", "centre_colour")
+LABELS = ("cover_shape", "cover_colour", "cover_row", "cover_column", "centre_shape", "centre_colour")
 
 EASY_SHARE = 1 / 3
 OBJECT_COUNT_WEIGHTS = (0.02, 0.13, 0.30, 0.30, 0.25)  # 0 to 4 objects in a scene that is not easy-VQA-like
@@ -252,9 +252,10 @@ def patch_labels(scene: Scene) -> dict[str, NDArray[np.uint8]]:
     """Label the 8 x 8 patches, row by row, for dense pretraining of the vision tower.
 
     Returns:
-        Four arrays uint8 ``[64]``, 0 for nothing, else 1 + the index in ``SHAPES`` or ``COLOURS``: ``cover_shape`` and
-        ``cover_colour`` of the object that covers most of the patch, if more than ``MIN_COVER`` of it;
-        ``centre_shape`` and ``centre_colour`` of the object whose centre lies in the patch.
+        Six arrays uint8 ``[64]``, 0 for nothing, else 1 + the index in ``SHAPES`` or ``COLOURS``, or 1 + the row or
+        column of patches: ``cover_shape`` and ``cover_colour`` of the object that covers most of the patch, if more
+        than ``MIN_COVER`` of it, and ``cover_row`` and ``cover_column`` of that object's centre; ``centre_shape`` and
+        ``centre_colour`` of the object whose centre lies in the patch.
     """
     size = _SCALE * IMAGE_SIZE
     mask = Image.new("L", (size, size), 0)
@@ -270,9 +271,10 @@ def patch_labels(scene: Scene) -> dict[str, NDArray[np.uint8]]:
         cover = (cells == index).mean(axis=(1, 3)).reshape(-1)  # [64]
         wins = cover > best
         best[wins] = cover[wins]
-        labels["cover_shape"][wins] = shape
-        labels["cover_colour"][wins] = colour
-        centre = int(item.y // PATCH_SIZE) * GRID + int(item.x // PATCH_SIZE)
+        row, column = int(item.y // PATCH_SIZE), int(item.x // PATCH_SIZE)
+        for label, value in zip(LABELS, (shape, colour, 1 + row, 1 + column), strict=False):
+            labels[label][wins] = value
+        centre = row * GRID + column
         labels["centre_shape"][centre] = shape
         labels["centre_colour"][centre] = colour
     return labels

@@ -33,11 +33,16 @@ Batches = Callable[[int, int, int], Any]  # (step, rank, ranks) -> this rank's s
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Hyperparameters of one stage. ``warmup`` is a share of ``steps``; the rate then falls to zero along a cosine."""
+    """Hyperparameters of one stage.
+
+    ``warmup`` and ``decay`` are shares of ``steps``: the rate rises, stays, and falls to zero along a cosine. A
+    ``decay`` of one leaves nothing between.
+    """
 
     steps: int
     learning_rate: float
     warmup: float = 0.03
+    decay: float = 1.0
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.99)
     clip: float = 1.0
@@ -49,7 +54,9 @@ class TrainConfig:
         warmup = max(1, round(self.warmup * self.steps))
         if step < warmup:
             return self.learning_rate * (step + 1) / warmup
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, self.steps - warmup)))
+        start = max(warmup, self.steps - round(self.decay * self.steps))
+        progress = max(0, step - start) / max(1, self.steps - start)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def train(model: nn.Module, loss: Loss, batches: Batches, config: TrainConfig, folder: Path) -> None:
