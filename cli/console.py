@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -23,7 +24,19 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show where an error came f
 
 CODES = {"dim": "2", "bold": "1", "cyan": "36"}
 DELAY = 1.0  # seconds that a phase may take before it is shown
-PHASES = {"load": "Loading the model", "encode": "Looking at the image", "prefill": "Reading the prompt"}
+PHASES = {
+    "load": "Loading the model",
+    "encode": "Looking at the image",
+    "prefill": "Reading the prompt",
+    "calibrate": "Reading calibration data",
+    "measure": "Measuring what each part needs",
+    "scale": "Scaling channels",
+    "reference": "Answering with the original",
+    "compare": "Answering with the result",
+    "prepare": "Preparing",
+    "hash": "Reading the source",
+    "write": "Writing",
+}
 
 
 def say(text: str) -> None:
@@ -71,6 +84,18 @@ def size(num_bytes: int) -> str:
         value /= 1024
         units.pop(0)
     return f"{value:.3g} {units[0]}" if value < 100 else f"{value:.0f} {units[0]}"
+
+
+def parse_size(text: str, option: str) -> int:
+    """Returns the bytes of a size as people write it, such as "2.9GB", in the units of ``size``.
+
+    Raises:
+        UserError: It is no size; the message names the option.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG])i?B?", text.strip(), re.IGNORECASE | re.ASCII)
+    if not found or float(found[1]) <= 0:
+        raise UserError(f"{option}: {text!r} is not a size; write it like 2.9GB or 800MB (1 GB = 1024 MB)")
+    return int(float(found[1]) * 1024 ** (1 + "KMG".index(found[2].upper())))
 
 
 def stats_line(stats: Stats) -> str:

@@ -13,7 +13,10 @@ import typer
 from gm_mlx import __version__
 from gm_mlx.cli.chat import chat
 from gm_mlx.cli.console import Debug, one_line, say
+from gm_mlx.cli.convert import convert
 from gm_mlx.cli.info import info
+from gm_mlx.cli.quantize import quantize
+from gm_mlx.cli.verify import verify
 from gm_mlx.errors import UserError
 
 # Older typer raises the installed click's errors, newer typer those of a click of its own: ask for where it has them.
@@ -48,7 +51,10 @@ def gm_mlx(
 
 
 app.command()(chat)
+app.command()(convert)
 app.command()(info)
+app.command()(quantize)
+app.command()(verify)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,7 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments after the program's name; ``sys.argv`` if None.
 
     Returns:
-        The exit code: 0, 2 for what the user can put right, 130 after Ctrl-C, 1 for everything else.
+        The exit code: 0, 2 for what the user can put right, 130 after Ctrl-C, 1 for everything else and where
+        ``verify`` finds a difference.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     # Read here and not from the parser, which may be what fails; the parser knows the option only to accept it.

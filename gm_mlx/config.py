@@ -59,6 +59,7 @@ class MoEConfig:
         router_rank: rank of a low-rank router, or 0 for a full one. E - 1 loses nothing (see ``moe.low_rank``).
         use_residual: DeepSpeed's residual MoE: a dense FFN beside the experts, mixed by a learnt coefficient.
         aux_loss_coef: weight of the load-balancing loss in training.
+        expert_size: neurons of an expert, or 0 for as many as a dense FFN has (``intermediate_size``).
     """
 
     num_experts: int = 4
@@ -69,6 +70,7 @@ class MoEConfig:
     router_rank: int = 0
     use_residual: bool = False
     aux_loss_coef: float = 0.01
+    expert_size: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers_idx", tuple(self.layers_idx))
@@ -184,7 +186,8 @@ class ModelConfig:
     Attributes:
         image_token_index: the token id that stands for one image feature in a prompt.
         vision_feature_layer: which hidden state of the tower is used; -2 is LLaVA's, -1 the last.
-        vision_feature_select_strategy: "default" drops CLIP's class token, "full" keeps it.
+        vision_feature_select_strategy: "default" drops the tower's first position, which is CLIP's class token but a
+            patch of SigLIP's, as Hugging Face and MoE-LLaVA do; "full" keeps all.
         projector_hidden_act: activation of the projector; LLaVA's is the exact (erf) GELU.
         scale_image_features: multiply image features by sqrt(hidden_size), as transformers before 5.4 did for Gemma
             decoders and later ones do not. The same weights answer differently under the two.
@@ -213,8 +216,8 @@ class ModelConfig:
     @property
     def num_image_tokens(self) -> int:
         """Positions that one image takes in the decoder's context."""
-        keeps_class_token = self.vision_config.is_clip and self.vision_feature_select_strategy == "full"
-        return self.vision_config.num_patches + keeps_class_token
+        dropped = self.vision_feature_select_strategy == "default"
+        return self.vision_config.num_patches + self.vision_config.is_clip - dropped
 
     @property
     def num_vision_layers_used(self) -> int:

@@ -26,7 +26,7 @@ class Model(nn.Module):
         self.vision_tower = VisionTower(
             config.vision_config,
             config.num_vision_layers_used,
-            keep_class_token=config.vision_feature_select_strategy == "full",
+            keep_first=config.vision_feature_select_strategy == "full",
         )
         self.multi_modal_projector = Projector(config)
         self.language_model = LanguageModel(config.text_config)

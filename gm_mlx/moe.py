@@ -1,8 +1,8 @@
 """Feed-forward networks of the decoder: dense, and as a mixture of experts.
 
 The experts are mlx-lm's ``SwitchGLU`` (``SwitchMLP`` where there is no gate): weights stacked [E, out, in], tokens
-sorted by expert from 64 assignments up so that each expert's weights are read once. Everything stays lazy: no index ever
-comes to the host.
+sorted by expert from 64 assignments up so that each expert's weights are read once. Everything stays lazy: no index
+ever comes to the host.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def make_mlp(config: TextConfig) -> MLP | PlainMLP:
 
 def make_experts(config: TextConfig, moe: MoEConfig) -> SwitchGLU | SwitchMLP:
     """The stacked experts that the config asks for."""
-    sizes = (config.hidden_size, config.intermediate_size, moe.num_experts)
+    sizes = (config.hidden_size, moe.expert_size or config.intermediate_size, moe.num_experts)
     if config.gated:
         return SwitchGLU(*sizes, activation=GLU(config.hidden_act))
     return SwitchMLP(*sizes, activation=ACTIVATIONS[config.hidden_act], bias=True)

@@ -44,4 +44,4 @@ def open_safetensors(files: Iterable[Path]) -> dict[str, Tensor]:
 
 def _reader(file: Path, name: str) -> Callable[[], mx.array]:
     # MLX keeps what it has read in the array, so each call asks for arrays of its own: a header costs a millisecond.
-    return lambda: mx.load(str(file))[name]  # type: ignore[index,call-overload]
+    return lambda: mx.load(str(file))[name]  # type: ignore[index,call-overload,return-value]

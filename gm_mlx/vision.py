@@ -123,15 +123,16 @@ class VisionTower(nn.Module):
     Args:
         config: the tower's shape.
         num_layers: layers that exist; the output is ``hidden_states[num_layers]`` of the PyTorch tower.
-        keep_class_token: return CLIP's class token too (``vision_feature_select_strategy`` "full").
+        keep_first: return the first position too (``vision_feature_select_strategy`` "full"). It is CLIP's class token;
+            of SigLIP, which has none, it is a patch, and PyTorch's models drop it all the same.
     """
 
-    def __init__(self, config: VisionConfig, num_layers: int, keep_class_token: bool = False) -> None:
+    def __init__(self, config: VisionConfig, num_layers: int, keep_first: bool = False) -> None:
         super().__init__()
-        self.drop_class_token = config.is_clip and not keep_class_token
+        self.keep_first = keep_first
         self.vision_model = VisionTransformer(config, num_layers)
 
     def __call__(self, pixels: mx.array) -> mx.array:
         """Image features [B, N, D] of normalised pixels [B, H, W, 3], in the tower's dtype."""
         x = self.vision_model(pixels.astype(self.vision_model.embeddings.position_embedding.weight.dtype))
-        return x[:, 1:] if self.drop_class_token else x
+        return x if self.keep_first else x[:, 1:]

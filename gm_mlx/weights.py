@@ -27,6 +27,7 @@ from gm_mlx.config import ModelConfig
 from gm_mlx.errors import UserError
 from gm_mlx.model import Model
 from gm_mlx.safetensors_header import Entry, check_header
+from gm_mlx.tensors import Tensor
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -70,15 +71,9 @@ def load_model(folder: Path, *, dtype: str | None = None) -> Model:
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype: {dtype!r} is not one of {list(DTYPES)}")
     config = ModelConfig.load(folder)
-    files = _weight_files(folder)
+    files = weight_files(folder)
     entries = _read_entries(files)
-    model = Model(config)
-    if (table := config.extra.get("quantization")) is not None:
-        try:
-            apply_quantization(model, table, lambda path: f"{path}.scales" in entries)
-        except UserError as error:
-            raise UserError(f"{folder / 'config.json'}: {error}") from None
-    _check_tensors(folder, model, entries)
+    model = unread_model(config, entries, folder)
 
     kept = _quantized_arrays(model)
     weights: dict[str, mx.array] = {}
@@ -107,11 +102,13 @@ def save_model(model: Model, folder: Path, *, max_shard_bytes: int = 5 << 30) ->
     names = [SINGLE_FILE]
     if len(shards) > 1:
         names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    texts = {"config.json": _json(model.config.to_dict())}
+    texts = {"config.json": json_text(model.config.to_dict())}
     if len(shards) > 1:
         weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
         total = sum(array.nbytes for shard in shards for array in shard.values())
-        texts[INDEX_FILE] = _json({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+        texts[INDEX_FILE] = json_text(
+            {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        )
 
     partial = {name: folder / f".partial-{os.getpid()}-{name}" for name in [*names, *texts]}
     try:
@@ -210,7 +207,7 @@ def _quantization_values(where: str, value: Any) -> dict[str, Any]:
     return values
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The folder's safetensors files: one, or the shards that its index names."""
     if (folder / SINGLE_FILE).is_file():
         return [folder / SINGLE_FILE]
@@ -240,24 +237,43 @@ def _read_entries(files: Iterable[Path]) -> dict[str, Entry]:
     return entries
 
 
-def _check_tensors(folder: Path, model: Model, entries: Mapping[str, Entry]) -> None:
-    """Compare names, shapes and kinds with what the model needs; one ``UserError`` says all that differs."""
+def unread_model(config: ModelConfig, tensors: Mapping[str, Entry | Tensor], folder: Path) -> Model:
+    """The model that some tensors are meant for, with layers quantized as the config and the tensors' names say.
+
+    Its own values are never computed: it costs no memory, and gives names, shapes and what is packed.
+
+    Args:
+        config: the model.
+        tensors: dtype and shape of each tensor, by name.
+        folder: where they are, or are to be; named in errors.
+
+    Raises:
+        UserError: the config's quantization is not one of this model, or names, shapes or kinds of tensors differ from
+            what the model needs; one message says all that differs.
+    """
+    model = Model(config)
+    if (table := config.extra.get("quantization")) is not None:
+        try:
+            apply_quantization(model, table, lambda path: f"{path}.scales" in tensors)
+        except UserError as error:
+            raise UserError(f"{folder / 'config.json'}: {error}") from None
     wanted = named_arrays(model)
     wrong = []
     for name, array in wanted.items():
-        if name in entries:
-            dtype, shape = entries[name]
+        if name in tensors:
+            dtype, shape = tensors[name].dtype, tensors[name].shape
             if shape != array.shape:
                 wrong.append(f"{name} is {list(shape)} instead of {list(array.shape)}")
             elif dtype not in PACKED_ENTRIES.get(array.dtype, FLOAT_ENTRIES):
                 wrong.append(f"{name} has dtype {dtype}")
     problems = [
-        _first_few("missing", sorted(wanted.keys() - entries.keys())),
-        _first_few("not part of the model", sorted(entries.keys() - wanted.keys())),
+        _first_few("missing", sorted(wanted.keys() - tensors.keys())),
+        _first_few("not part of the model", sorted(tensors.keys() - wanted.keys())),
         _first_few("wrong", wrong),
     ]
     if any(problems):
         raise UserError(f"{folder}: the weights do not fit config.json: {'; '.join(p for p in problems if p)}")
+    return model
 
 
 def _first_few(what: str, names: list[str], few: int = 3) -> str:
@@ -265,6 +281,12 @@ def _first_few(what: str, names: list[str], few: int = 3) -> str:
         return ""
     more = f" and {len(names) - few} more" if len(names) > few else ""
     return f"{len(names)} {what} ({', '.join(names[:few])}{more})"
+
+
+def is_router(name: str) -> bool:
+    """Whether a tensor is a router's. These are float32 in every model: the choice of experts flips on the last bits of
+    a logit, and a router is a few kilobytes."""
+    return ".mlp.gate." in name
 
 
 def _quantized_arrays(model: Model) -> set[str]:
@@ -280,8 +302,7 @@ def _quantized_arrays(model: Model) -> set[str]:
 def _cast(name: str, array: mx.array, dtype: str | None, quantized: bool) -> mx.array:
     if quantized:
         return array
-    # The choice of experts flips on the last bits of a logit, and a router is a few kilobytes.
-    if ".mlp.gate." in name or (dtype is None and runs_on_cpu()):
+    if is_router(name) or (dtype is None and runs_on_cpu()):
         return array.astype(mx.float32)
     return array if dtype is None else array.astype(DTYPES[dtype])
 
@@ -299,5 +320,5 @@ def _shards(arrays: dict[str, mx.array], max_bytes: int) -> list[dict[str, mx.ar
     return shards
 
 
-def _json(data: Any) -> str:
+def json_text(data: Any) -> str:
     return json.dumps(data, indent=2, ensure_ascii=False) + "\n"

@@ -180,7 +180,7 @@ def test_load_reads_what_to_dict_wrote(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("is_clip", "strategy", "tokens"),
-    [(True, "default", 9), (True, "full", 10), (False, "default", 9), (False, "full", 9)],
+    [(True, "default", 9), (True, "full", 10), (False, "default", 8), (False, "full", 9)],
 )
 def test_tokens_per_image(is_clip: bool, strategy: Any, tokens: int) -> None:
     config = PRESETS["gm-tiny"]

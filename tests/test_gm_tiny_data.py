@@ -117,12 +117,24 @@ def test_patch_labels_agree_with_the_pixels(sample: list[Any]) -> None:
 def test_centre_labels_mark_each_object_once(sample: list[Any]) -> None:
     for scene in sample[:200]:
         labels = scenes.patch_labels(scene)
-        assert set(labels) == {"cover_shape", "cover_colour", "centre_shape", "centre_colour"}
+        assert tuple(labels) == scenes.LABELS
         for item in scene.objects:
             patch = int(item.y) // 8 * 8 + int(item.x) // 8
             assert labels["centre_shape"][patch] == 1 + SHAPES.index(item.shape)
             assert labels["centre_colour"][patch] == 1 + COLOURS.index(item.colour)
         assert np.count_nonzero(labels["centre_shape"]) == len(scene.objects)
+
+
+def test_covered_patches_say_where_their_object_is(sample: list[Any]) -> None:
+    for scene in sample[:200]:
+        labels = scenes.patch_labels(scene)
+        places = {(1 + int(o.y) // 8, 1 + int(o.x) // 8): (o.shape, o.colour) for o in scene.objects}
+        for patch in np.flatnonzero(labels["cover_shape"]):
+            shape, colour = places[labels["cover_row"][patch], labels["cover_column"][patch]]
+            assert labels["cover_shape"][patch] == 1 + SHAPES.index(shape)
+            assert labels["cover_colour"][patch] == 1 + COLOURS.index(colour)
+        nothing = labels["cover_shape"] == 0
+        assert not labels["cover_row"][nothing].any() and not labels["cover_column"][nothing].any()
 
 
 # --- questions ---

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -15,7 +18,7 @@ from huggingface_hub.utils import filter_repo_objects
 
 from gm_mlx import hub
 from gm_mlx.errors import UserError
-from gm_mlx.hub import FETCHED, find_model
+from gm_mlx.hub import FETCHED, find_checkpoint, find_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -29,7 +32,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def fill(cache: Path, repo: str) -> Path:
+def fill(cache: Path, repo: str, *files: str) -> Path:
     """Put a repository into the cache as the client lays it out: blobs, links to them, and a ref."""
     root = cache / f"models--{repo.replace('/', '--')}"
     snapshot = root / "snapshots" / COMMIT
@@ -37,7 +40,8 @@ def fill(cache: Path, repo: str) -> Path:
         folder.mkdir(parents=True)
     (root / "refs" / "main").write_text(COMMIT)
     (root / "blobs" / "aa").write_text("{}")
-    (snapshot / "config.json").symlink_to(Path("../../blobs/aa"))
+    for name in ("config.json", *files):
+        (snapshot / name).symlink_to(Path("../../blobs/aa"))
     return snapshot
 
 
@@ -172,3 +176,99 @@ def test_data_is_fetched_and_code_is_not(cache: Path, monkeypatch: pytest.Monkey
     ]  # fmt: skip
     other = ["modeling_x.py", "pytorch_model.bin", "model.ckpt", "README.md", "onnx/model.onnx", "run.sh", "x.gguf"]
     assert list(filter_repo_objects([*data, *other], allow_patterns=list(FETCHED))) == data
+
+
+def test_a_checkpoint_in_a_folder(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(cache, "org/name", "pytorch_model.bin")
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    assert find_checkpoint("org/name") == Path("org/name")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert find_checkpoint("~/org") == tmp_path / "org"
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        "model.safetensors", "model-00001-of-00002.safetensors",
+        "pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "mm_projector.bin",
+        "adapter_model.safetensors", "adapter_model.bin",
+    ],
+)  # fmt: skip
+def test_a_checkpoint_in_the_cache_needs_no_network(cache: Path, weights: str) -> None:
+    snapshot = fill(cache, "org/Name-2b.v1_x", weights)
+    assert find_checkpoint("org/Name-2b.v1_x") == snapshot
+
+
+def test_the_cache_that_the_environment_names(tmp_path: Path) -> None:
+    """In a process of its own, because the client reads its environment once."""
+    snapshot = fill(tmp_path / "elsewhere", "org/name", "model.safetensors")
+    environment = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "elsewhere")}
+    code = "from gm_mlx.hub import find_checkpoint; print(find_checkpoint('org/name'))"
+    found = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=True
+    )
+    assert found.stdout.strip() == str(snapshot)
+
+
+def test_a_checkpoint_without_weights(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = fill(cache, "org/name", "tokenizer.json", "model.safetensors.index.json")
+    with pytest.raises(UserError, match=r"^org/name: no weights in the local cache, and HF_HUB_OFFLINE is set; unset"):
+        find_checkpoint("org/name")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **kwargs: str(snapshot))
+    with pytest.raises(UserError, match=r"^org/name: a repository without weights that can be converted"):
+        find_checkpoint("org/name")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", "no such folder; name a checkpoint's folder or"),
+        ("nowhere", "no such folder; name a checkpoint's folder or"),
+        ("a/b/c", "no such folder; name a checkpoint's folder or"),
+        ("gm-tiny", "no such folder; name a checkpoint's folder or"),
+        ("model.gguf", "GGUF files cannot be converted back"),
+        ("pytorch_model.bin", "a file, not a checkpoint"),
+        ("org/name", "not complete in the local cache, and HF_HUB_OFFLINE is set"),
+        ("a/b--c", "not a name that a Hugging Face repository can have"),
+    ],
+)
+def test_no_checkpoint(cache: Path, tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(UserError, match=rf"^{name}: .*{message}"):
+        find_checkpoint(name)
+
+
+SIDE_FILES = {
+    "config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.model", "tokenizer.json",
+    "vocab.json", "merges.txt", "qwen.tiktoken", "chat_template.jinja", "adapter_config.json",
+}  # fmt: skip
+CODE = {"modeling_x.py", "README.md", "training_args.bin", "optimizer.pt", "onnx/model.onnx", "x.gguf", "tf_model.h5"}
+PICKLES = {"pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"}
+SAFETENSORS = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("files", "fetched"),
+    [
+        (SAFETENSORS | PICKLES, SAFETENSORS),
+        (PICKLES, PICKLES),
+        ({"model.safetensors", "consolidated.safetensors", "model.fp16.bin"}, {"model.safetensors"}),
+        ({"pytorch_model.bin", "mm_projector.bin"}, {"pytorch_model.bin", "mm_projector.bin"}),
+        ({"adapter_model.bin", "non_lora_trainables.bin"}, {"adapter_model.bin", "non_lora_trainables.bin"}),
+        ({"adapter_model.safetensors", "non_lora_trainables.bin", "checkpoint-9/model.safetensors"},
+         {"adapter_model.safetensors", "non_lora_trainables.bin"}),
+    ],
+)  # fmt: skip
+def test_what_is_fetched_of_a_checkpoint(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: set[str], fetched: set[str]
+) -> None:
+    def download(repo: str, *, allow_patterns: list[str]) -> str:
+        for name in filter_repo_objects(files | SIDE_FILES | CODE, allow_patterns=allow_patterns):
+            (tmp_path / "snapshot" / name).touch()
+        return str(tmp_path / "snapshot")
+
+    (tmp_path / "snapshot").mkdir()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    folder = find_checkpoint("org/name")
+    assert {path.name for path in folder.iterdir()} == fetched | SIDE_FILES

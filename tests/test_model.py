@@ -109,7 +109,7 @@ def test_siglip_tower(layer: int) -> None:
         vision_feature_select_strategy="full",
     )
     reference = siglip(SIGLIP)
-    tower = VisionTower(SIGLIP, config.num_vision_layers_used, keep_class_token=True)
+    tower = VisionTower(SIGLIP, config.num_vision_layers_used, keep_first=True)
     copy_weights(reference, tower, config.num_vision_layers_used)
     pixels = pictures(2, SIGLIP.image_size)
     with torch.no_grad():

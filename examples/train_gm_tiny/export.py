@@ -22,7 +22,8 @@ from mlx.utils import tree_map_with_path
 
 from gm_mlx.model import Model
 from gm_mlx.processor import Processor
-from gm_mlx.weights import apply_quantization, load_model, num_parameters, quantizable_layers, save_model
+from gm_mlx.quant.recipes import RECIPES, recipe_table
+from gm_mlx.weights import apply_quantization, load_model, num_parameters, save_model
 
 from cache import SOURCES  # isort: skip
 from evaluate import evaluate  # isort: skip
@@ -30,23 +31,12 @@ from tokenizer import word_lists  # isort: skip
 from train import RECIPE  # isort: skip
 
 HERE = Path(__file__).parent
-EXPERT_BITS, OTHER_BITS, GROUP_SIZE = 4, 8, 64
+RECIPE_NAME = "tiny"
 NOTICE = {
     "text": "gm-tiny only knows pictures of a few coloured shapes and will talk nonsense about a photograph; "
     "`gm-mlx chat --model ORG/NAME` fetches a real LLaVA-GM from Hugging Face",
     "min_image_side": 200,
 }
-
-
-def quantize(model: Model) -> None:
-    """Experts in 4 bits, the rest of the decoder in 8; tower and projector in float16; routers and norms untouched."""
-    table: dict[str, Any] = {"group_size": GROUP_SIZE, "bits": OTHER_BITS}
-    for path in quantizable_layers(model):
-        if ".switch_mlp." in path:
-            table[path] = {"group_size": GROUP_SIZE, "bits": EXPERT_BITS}
-        elif not path.startswith("language_model."):
-            table[path] = False
-    apply_quantization(model, table)
 
 
 def to_half(model: Model) -> None:
@@ -89,7 +79,7 @@ def main() -> None:
     model = load_model(arguments.run / "sparse")
     processor = Processor.from_folder(arguments.run / "sparse")
     before = evaluate(model, processor, arguments.easy_vqa, limit=1000)
-    quantize(model)
+    apply_quantization(model, recipe_table(model.config, RECIPE_NAME))
     to_half(model)
     partial = arguments.out.with_name(arguments.out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -103,7 +93,7 @@ def main() -> None:
         "name": "gm-tiny",
         "made_by": f"gm-mlx {gm_mlx.__version__}, examples/train_gm_tiny",
         "notice": NOTICE,
-        "quantization": {"experts": EXPERT_BITS, "decoder": OTHER_BITS, "tower and projector": "float16"},
+        "quantization": {"recipe": RECIPE_NAME, "summary": RECIPES[RECIPE_NAME].summary},
         "sha256": {weights.name: hashlib.sha256(weights.read_bytes()).hexdigest()},
         "generator_sha256": {name: hashlib.sha256((HERE / name).read_bytes()).hexdigest() for name in SOURCES},
         "training_minutes": round(minutes(log), 1),

@@ -1,0 +1,106 @@
+"""The model card of a converted model: what it is, where it comes from, and how to run it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gm_mlx import __version__
+from gm_mlx.config import ModelConfig
+from gm_mlx.inventory import model_layers
+
+# Lines of a source's card that hold for what is made from it too.
+KEPT = re.compile(r"(?:license|license_name|license_link|language): *\S.*")
+TAGS = ("mlx", "gm-mlx", "vision-language", "visual-question-answering")
+
+
+def num_parameters(config: ModelConfig) -> tuple[int, int]:
+    """All parameters of a model, and those that work on a token."""
+    layers = model_layers(config)
+    return sum(layer.total for layer in layers), sum(layer.active for layer in layers)
+
+
+def count(number: int) -> str:
+    """A number of parameters for people."""
+    return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.2f} M"
+
+
+def model_card(name: str, config: ModelConfig, gm: Mapping[str, Any], folder: Path | None = None) -> str:
+    """The text of README.md, with Hugging Face's metadata on top.
+
+    Args:
+        name: the model's name.
+        config: its config.
+        gm: what its ``gm.json`` says.
+        folder: the source, whose own card tells licence and language; or None.
+    """
+    text, moe, vision = config.text_config, config.text_config.moe, config.vision_config
+    sources = gm.get("sources", {})
+    checkpoint = sources.get("checkpoint", {})
+    total, active = num_parameters(config)
+    kind, layers = "dense", f"{text.num_hidden_layers}, without experts"
+    if moe and text.sparse_layers:
+        kind = "sparse"
+        sparse = len(text.sparse_layers)
+        layers = f"{text.num_hidden_layers}, {sparse} of them with {moe.num_experts} experts, {moe.top_k} per token"
+    rows = {
+        "Parameters": f"{count(total)}, of which {count(active)} work on a token",
+        "Decoder layers": layers,
+        "Vision tower": f"{'CLIP' if vision.is_clip else 'SigLIP'}, {vision.image_size} pixels, "
+        f"{config.num_image_tokens} tokens per image",
+        "Weights": gm.get("quantization", {}).get("summary") or gm.get("dtype") or "as in the source",
+        "Chat template": gm.get("template"),
+        "Images": gm.get("image_mode"),
+        "Routers": gm.get("routers") and f"of rank {gm['routers']['rank']}",
+        "Experts from": gm.get("upcycle", {}).get("from"),
+    }
+    origin = f"Converted from {_link(checkpoint)} by"
+    if "preset" in gm and not sources:
+        origin = f"Its weights are random, in the shape of {gm['preset']}: it talks nonsense. Made by"
+    parts = [
+        "\n".join(["---", *_metadata(checkpoint, folder), "---"]),
+        f"# {name}",
+        f"A {kind} vision-language model for gm-mlx. {origin} gm-mlx {__version__}.",
+        "\n".join(["|  |  |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items() if value)]),
+        "## Use",
+        f'```\npip install gm-mlx\ngm-mlx chat --model {name} --image photo.jpg --prompt "What is this?"\n```',
+        "`--model` takes this folder's path, or the name of the repository that it lies in.",
+    ]
+    if notes := gm.get("notes"):
+        parts += ["## Notes", "\n".join(f"- {note}" for note in notes)]
+    if sources:
+        parts += ["## Sources", "\n".join(_source_lines(sources))]
+    return "\n\n".join(parts) + "\n"
+
+
+def _metadata(checkpoint: Mapping[str, Any], folder: Path | None) -> list[str]:
+    lines = ["library_name: gm-mlx", "pipeline_tag: image-text-to-text"]
+    if "revision" in checkpoint:
+        lines.append(f"base_model: {checkpoint['name']}")
+    return [*lines, *_kept_metadata(folder), "tags:", *(f"- {tag}" for tag in TAGS)]
+
+
+def _kept_metadata(folder: Path | None) -> list[str]:
+    """Licence and language from between the first two lines of dashes of the source's card."""
+    card = folder / "README.md" if folder else None
+    if card is None or not card.is_file():
+        return []
+    parts = card.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
+    if len(parts) < 3 or parts[0].strip():
+        return []
+    return [line for line in parts[1].splitlines() if KEPT.fullmatch(line)]
+
+
+def _link(source: Mapping[str, Any]) -> str:
+    name = source.get("name", "a checkpoint")
+    return f"[{name}](https://huggingface.co/{name})" if "revision" in source else f"`{name}`"
+
+
+def _source_lines(sources: Mapping[str, Any]) -> list[str]:
+    lines = ["| source | file | SHA-256 |", "|---|---|---|"]
+    for role, source in sources.items():
+        title = f"{role}: {source['name']}" + (f" at {source['revision'][:12]}" if "revision" in source else "")
+        lines += [f"| {title} | {file} | `{digest}` |" for file, digest in source["sha256"].items()]
+    return lines

@@ -1,0 +1,64 @@
+"""What a layout is: one way in which checkpoints are written, as tables of names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+Names = tuple[tuple[str, str | None], ...]
+"""Patterns of whole tensor names, each with the name that it gets. The first match counts; None leaves a tensor out."""
+
+# Buffers that old versions of PyTorch models stored; all are computed from the config.
+BUFFERS: Names = ((r".*\brotary_emb\.inv_freq", None), (r".*\bposition_ids", None))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way in which checkpoints are written.
+
+    A renamed tensor is ``vision_tower.vision_model.`` and Hugging Face's name inside the tower,
+    ``multi_modal_projector.linear_<1 or 2>.``, or ``language_model.`` and the decoder's own name, in which DeepSpeed's
+    experts are ``mlp.experts.<number>.`` and their router is ``mlp.gate.``.
+
+    Attributes:
+        title: what people call it.
+        marks: it is this layout if one tensor's name matches.
+        names: the tensors.
+        text: the key of ``config.json`` that holds the decoder's config; empty if that is the config itself.
+        vision: the key that holds the tower's config; empty if only the tower's id is known.
+        tower_id: the key with the tower's name on Hugging Face; empty if there is none.
+        projector_type: the key with the projector's kind; empty if there is only one.
+        feature_layer: the key that says which hidden state of the tower is read.
+        feature_strategy: the key that says which of its positions.
+        strategies: the values of that key, and Hugging Face's words for them.
+        refused: config keys, each with the values with which a checkpoint can be converted.
+    """
+
+    title: str
+    marks: str
+    names: Names
+    text: str = ""
+    vision: str = ""
+    tower_id: str = ""
+    projector_type: str = ""
+    feature_layer: str = "mm_vision_select_layer"
+    feature_strategy: str = "mm_vision_select_feature"
+    strategies: Mapping[str, str] = field(default_factory=lambda: {"patch": "default", "cls_patch": "full"})
+    refused: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
+
+    def matches(self, names: Iterable[str]) -> bool:
+        """Whether tensors of these names are of this layout."""
+        return any(re.fullmatch(self.marks, name) for name in names)
+
+
+def renamed(name: str, names: Names) -> str | None:
+    """The name that a table gives to a tensor, or None if the tensor is left out.
+
+    Raises:
+        KeyError: the table does not know the name.
+    """
+    for pattern, new in names:
+        if match := re.fullmatch(pattern, name):
+            return None if new is None else match.expand(new)
+    raise KeyError(name)

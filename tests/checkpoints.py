@@ -1,0 +1,314 @@
+"""Tiny PyTorch checkpoints in every layout that the converter reads, written from transformers' own models.
+
+A reference model is Hugging Face's LLaVA in transformers 5, with ``NaiveMoE`` in its sparse layers. Its state dict is
+renamed by the tables here, which are written against the layouts' sources and not derived from the converter's.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from tiny_tokenizer import write_sentencepiece
+from torch_reference import NaiveMoE, gemma_config, randomise, vision_config
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MistralConfig,
+    SiglipConfig,
+    SiglipModel,
+)
+
+from gm_mlx.config import ModelConfig, MoEConfig, TextConfig, VisionConfig
+from gm_mlx.convert.checkpoint import open_checkpoint
+from gm_mlx.convert.translate import Translation, translate
+from gm_mlx.model import Model
+
+TOLERANCE = 1e-4  # of the largest logit
+VOCAB = 512  # more rows than the tiny tokenizer has ids
+# The sizes are those that a known tower's id allows: heads of 64 (CLIP) or 72 (SigLIP) channels, patches of 14 pixels.
+TOWERS = {
+    "clip": VisionConfig("clip_vision_model", 128, 48, 3, 2, image_size=28, patch_size=14),
+    "siglip": VisionConfig(
+        "siglip_vision_model", 144, 48, 3, 2, image_size=32, patch_size=14, hidden_act="gelu_pytorch_tanh",
+        layer_norm_eps=1e-6,
+    ),
+}  # fmt: skip
+TOWER_IDS = {"clip": "openai/clip-vit-large-patch14-28", "siglip": "google/siglip-so400m-patch14-32"}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gemma": {"head_dim": 16},
+    "llama": {
+        "head_dim": 8, "hidden_act": "silu", "tie_word_embeddings": False, "norm_plus_one": False,
+        "scale_embeddings": False, "rms_norm_eps": 1e-5, "rope_theta": 5000.0,
+    },
+}  # fmt: skip
+FAMILIES["mistral"] = FAMILIES["llama"]
+
+# Patterns of transformers 5's names, and the names on disk; the first match counts.
+Table = list[tuple[str, str]]
+HF_OLD: Table = [
+    (r"model\.vision_tower\.(.*)", r"vision_tower.vision_model.\1"),
+    (r"model\.multi_modal_projector\.(.*)", r"multi_modal_projector.\1"),
+    (r"model\.language_model\.(.*)", r"language_model.model.\1"),
+    (r"lm_head\.(.*)", r"language_model.lm_head.\1"),
+]
+HF_MIXED: Table = [
+    (r"model\.vision_tower\.(.*)", r"model.vision_tower.vision_model.\1"),
+    (r"model\.multi_modal_projector\.(.*)", r"multi_modal_projector.\1"),
+    (r"(model\.language_model\..*)", r"\1"),
+    (r"lm_head\.(.*)", r"language_model.lm_head.\1"),
+]
+LLAVA: Table = [
+    (r"model\.vision_tower\.(.*)", r"model.vision_tower.vision_tower.vision_model.\1"),
+    (r"model\.multi_modal_projector\.linear_1\.(.*)", r"model.mm_projector.0.\1"),
+    (r"model\.multi_modal_projector\.linear_2\.(.*)", r"model.mm_projector.2.\1"),
+    (r"model\.language_model\.(.*)", r"model.\1"),
+    (r"(lm_head\..*)", r"\1"),
+]
+MOE_LLAVA: Table = [
+    (r"model\.vision_tower\.(.*)", r"model.image_tower.image_tower.vision_model.\1"),
+    (r"model\.multi_modal_projector\.linear_1\.(.*)", r"model.mm_projector.image_spatial_proj.0.\1"),
+    (r"model\.multi_modal_projector\.linear_2\.(.*)", r"model.mm_projector.image_spatial_proj.2.\1"),
+    (r"model\.language_model\.(.*)\.mlp\.gate\.weight", r"model.\1.mlp.deepspeed_moe.gate.wg.weight"),
+    (r"model\.language_model\.(.*)\.experts\.(.*)", r"model.\1.deepspeed_moe.experts.deepspeed_experts.\2"),
+    *LLAVA[3:],
+]
+LANGUAGE_MODEL: Table = LLAVA[3:]
+
+State = dict[str, torch.Tensor]
+
+
+def model_config(family: str = "gemma", tower: str = "clip", moe: MoEConfig | None = None, **join: Any) -> ModelConfig:
+    """What a converted checkpoint of this kind must say of itself."""
+    text = TextConfig(32, 64, 3, 4, 2, vocab_size=VOCAB, moe=moe, max_position_embeddings=1024, **FAMILIES[family])
+    return ModelConfig(text, TOWERS[tower], **{"image_token_index": VOCAB - 1, **join})
+
+
+def reference(config: ModelConfig, family: str = "gemma", seed: int = 0) -> Any:
+    """Hugging Face's LLaVA of this config, with random weights."""
+    torch.manual_seed(seed)
+    text = config.text_config
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(
+            text_config=hf_text_config(text, family),
+            vision_config=vision_config(config.vision_config),
+            image_token_index=config.image_token_index,
+            vision_feature_layer=config.vision_feature_layer,
+            vision_feature_select_strategy=config.vision_feature_select_strategy,
+            tie_word_embeddings=text.tie_word_embeddings,
+        )
+    )
+    for layer in text.sparse_layers:
+        assert text.moe is not None
+        model.model.language_model.layers[layer].mlp = NaiveMoE(text, text.moe)
+    return randomise(model)
+
+
+def hf_text_config(text: TextConfig, family: str) -> Any:
+    if family == "gemma":
+        config = gemma_config(text)
+        config.max_position_embeddings = text.max_position_embeddings
+        return config
+    kind: Any = {"llama": LlamaConfig, "mistral": MistralConfig}[family]
+    return kind(
+        hidden_size=text.hidden_size,
+        intermediate_size=text.intermediate_size,
+        num_hidden_layers=text.num_hidden_layers,
+        num_attention_heads=text.num_attention_heads,
+        num_key_value_heads=text.num_key_value_heads,
+        vocab_size=text.vocab_size,
+        hidden_act=text.hidden_act,
+        rms_norm_eps=text.rms_norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": text.rope_theta},
+        max_position_embeddings=text.max_position_embeddings,
+        tie_word_embeddings=False,
+        **({"attention_bias": True} if text.attention_bias == "all" else {}),
+    )
+
+
+def state_of(model: Any, table: Table, *, tower: bool = True) -> State:
+    """A model's weights by the names of a layout; a tied head is left out, as files leave it out."""
+    state: State = {}
+    for name, tensor in model.state_dict().items():
+        tied = name == "lm_head.weight" and model.config.tie_word_embeddings
+        if not tied and (tower or "vision_tower" not in name):
+            new = next(re.sub(pattern, to, name) for pattern, to in table if re.fullmatch(pattern, name))
+            state[new] = tensor.detach().clone()
+    return state
+
+
+def text_json(config: ModelConfig, family: str) -> dict[str, Any]:
+    """The decoder's keys as transformers 4 writes them."""
+    text = config.text_config
+    keys = {
+        "model_type": family,
+        "hidden_size": text.hidden_size,
+        "intermediate_size": text.intermediate_size,
+        "num_hidden_layers": text.num_hidden_layers,
+        "num_attention_heads": text.num_attention_heads,
+        "num_key_value_heads": text.num_key_value_heads,
+        "hidden_act": text.hidden_act,
+        "rms_norm_eps": text.rms_norm_eps,
+        "rope_theta": text.rope_theta,
+        "rope_scaling": None,
+        "max_position_embeddings": text.max_position_embeddings,
+        "vocab_size": text.vocab_size,
+        "tie_word_embeddings": text.tie_word_embeddings,
+        "transformers_version": "4.37.0",
+    }
+    if family == "gemma":
+        keys["head_dim"] = text.head_dim
+    if family == "mistral":
+        keys["sliding_window"] = None
+    return keys
+
+
+def llava_json(config: ModelConfig, family: str, tower: str = "clip", **changes: Any) -> dict[str, Any]:
+    """``config.json`` of original LLaVA."""
+    return {
+        **text_json(config, family),
+        "model_type": f"llava_{family}",
+        "mm_vision_tower": TOWER_IDS[tower],
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_hidden_size": config.vision_config.hidden_size,
+        "mm_vision_select_layer": config.vision_feature_layer,
+        "mm_vision_select_feature": "patch",
+        "image_aspect_ratio": "pad",
+        "mm_use_im_start_end": False,
+        **changes,
+    }
+
+
+def moe_llava_json(config: ModelConfig, family: str, tower: str = "clip", **changes: Any) -> dict[str, Any]:
+    """``config.json`` of MoE-LLaVA; ``changes`` that its table ``moe`` has go there."""
+    llava = llava_json(config, family, tower)
+    llava["mm_image_tower"] = llava.pop("mm_vision_tower")
+    llava["image_projector_type"] = llava.pop("mm_projector_type")
+    moe, layers = config.text_config.moe, config.text_config.sparse_layers
+    table = {
+        "moe_enable": moe is not None,
+        "moe_mode": moe.mode if moe else "sparse",
+        "moe_layers_idx": layers,
+        "num_experts": [moe.num_experts for _ in layers] if moe else [1],
+        "ep_size": 1,
+        "top_k_experts": moe.top_k if moe else 2,
+        "capacity_factor": 1.5,
+        "eval_capacity_factor": 2.0,
+        "min_capacity": 0,
+        "use_residual": moe.use_residual if moe else False,
+        "router_aux_loss_coef": 0.01,
+    }
+    table |= {key: changes.pop(key) for key in list(changes) if key in table}
+    return {**llava, "model_type": f"moe_llava_{family}", "moe": table, "mm_video_tower": None, **changes}
+
+
+def write(folder: Path, config: Mapping[str, Any] | None, state: State, file: str = "safetensors") -> Path:
+    """Write weights, ``config.json`` and a tokenizer; ``file`` is "safetensors" or "bin", with "sharded " before it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+        write_sentencepiece(folder)
+    stem, suffix = ("model", "safetensors") if file.endswith("safetensors") else ("pytorch_model", "bin")
+    names = [f"{stem}.{suffix}"]
+    if file.startswith("sharded"):
+        names = [f"{stem}-{i:05d}-of-00002.{suffix}" for i in (1, 2)]
+    # Every other tensor, so that the experts of a layer lie in two files.
+    shards = [dict(list(state.items())[i :: len(names)]) for i in range(len(names))]
+    for name, shard in zip(names, shards, strict=True):
+        if suffix == "bin":
+            torch.save(shard, folder / name)
+        else:
+            save_file({key: tensor.contiguous() for key, tensor in shard.items()}, folder / name, {"format": "pt"})
+    if len(names) > 1:
+        weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+        (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+def write_hf(folder: Path, model: Any, **options: Any) -> Path:
+    """Let transformers write a model, and add a tokenizer."""
+    model.save_pretrained(folder, **options)
+    return write_sentencepiece(folder)
+
+
+def torch_logits(model: Any, config: ModelConfig, ids: np.ndarray, pixels: np.ndarray, scale: bool) -> np.ndarray:
+    """PyTorch's logits [B, L, V]; with ``scale``, as transformers before 5.4 computed them for Gemma."""
+    factor = config.text_config.hidden_size**0.5 if scale else 1.0
+    with torch.no_grad():
+        images = torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
+        features = torch.cat(list(model.get_image_features(images).pooler_output))
+        slots = torch.from_numpy(ids == config.image_token_index)
+        embeddings = model.get_input_embeddings()(torch.from_numpy(ids).clamp(max=VOCAB - 1))
+        embeddings[slots] = features * factor
+        return model.lm_head(model.model.language_model(inputs_embeds=embeddings).last_hidden_state).numpy()
+
+
+def loaded(translation: Translation) -> Model:
+    """The model of a translation, in float32."""
+    model = Model(translation.config)
+    arrays = []
+    for name, tensor in translation.tensors.items():
+        array = tensor.read()
+        assert array.shape == tensor.shape, name
+        arrays.append((name, array.astype(mx.float32)))
+    model.load_weights(arrays)
+    model.eval()
+    return model
+
+
+def largest_error(translation: Translation, model: Any) -> float:
+    """Largest difference of logits, over the largest logit, on two prompts with an image each."""
+    config = translation.config
+    random = np.random.default_rng(3)
+    size = config.vision_config.image_size
+    pixels = random.normal(size=(2, size, size, 3)).astype(np.float32)
+    ids = random.integers(3, 300, (2, config.num_image_tokens + 7))
+    ids[:, 2 : 2 + config.num_image_tokens] = config.image_token_index
+    theirs = torch_logits(model, config, ids, pixels, config.scale_image_features)
+    ours = loaded(translation)
+    logits = np.array(ours.logits(ours.hidden(ours.embed(ids, ours.encode_images(mx.array(pixels))))))
+    assert logits.shape == theirs.shape
+    return float(np.abs(logits - theirs).max() / np.abs(theirs).max())
+
+
+def convert(folder: Path, **options: Any) -> Translation:
+    """Open and translate a checkpoint."""
+    return translate(open_checkpoint(folder), **options)
+
+
+def write_tower(folder: Path, model: Any, whole: bool) -> Path:
+    """The tower of a reference model as CLIPModel or SiglipModel, or as CLIPVisionModel."""
+    tower = model.model.vision_tower
+    if whole:
+        text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+                "vocab_size": 50, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+        is_clip = tower.config.model_type == "clip_vision_model"
+        kind: Any = CLIPModel if is_clip else SiglipModel
+        config: Any = CLIPConfig if is_clip else SiglipConfig
+        whole_model = kind(config(vision_config={**tower.config.to_dict(), "vision_use_head": True}, text_config=text))
+        whole_model.vision_model.load_state_dict(tower.state_dict(), strict=False)
+        whole_model.save_pretrained(folder)
+    else:
+        vision_model = CLIPVisionModel(tower.config)
+        vision_model.load_state_dict(tower.state_dict())
+        vision_model.save_pretrained(folder)
+    return folder
+
+
+def edit_config(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change a folder's ``config.json`` in place."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))

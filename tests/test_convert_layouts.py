@@ -1,0 +1,168 @@
+"""The tables of names, apart from any checkpoint."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gm_mlx.convert.layouts import LAYOUTS
+from gm_mlx.convert.layouts.decoders import DECODERS, UNSUPPORTED
+from gm_mlx.convert.layouts.hf_llava import HF_LLAVA
+from gm_mlx.convert.layouts.layout import renamed
+from gm_mlx.convert.layouts.llava import LLAVA
+from gm_mlx.convert.layouts.moe_llava import MOE_LLAVA
+from gm_mlx.convert.layouts.towers import KNOWN_TOWERS, NAMES, STORED
+
+EMBEDDING = "language_model.model.embed_tokens.weight"
+UP = "language_model.model.layers.7.mlp.up_proj.weight"
+HEAD = "language_model.lm_head.weight"
+PATCHES = f"{STORED}embeddings.patch_embedding.weight"
+LINEAR = "multi_modal_projector.linear_2.bias"
+
+
+@pytest.mark.parametrize(
+    ("layout", "name", "new"),
+    [
+        (HF_LLAVA, "language_model.model.embed_tokens.weight", EMBEDDING),
+        (HF_LLAVA, "model.language_model.embed_tokens.weight", EMBEDDING),
+        (HF_LLAVA, "language_model.model.layers.7.mlp.up_proj.weight", UP),
+        (HF_LLAVA, "model.language_model.layers.7.mlp.up_proj.weight", UP),
+        (HF_LLAVA, "language_model.lm_head.weight", HEAD),
+        (HF_LLAVA, "model.language_model.lm_head.weight", HEAD),
+        (HF_LLAVA, "lm_head.weight", HEAD),
+        (HF_LLAVA, "vision_tower.vision_model.embeddings.patch_embedding.weight", PATCHES),
+        (HF_LLAVA, "vision_tower.embeddings.patch_embedding.weight", PATCHES),
+        (HF_LLAVA, "model.vision_tower.vision_model.embeddings.patch_embedding.weight", PATCHES),
+        (HF_LLAVA, "model.vision_tower.embeddings.patch_embedding.weight", PATCHES),
+        (HF_LLAVA, "multi_modal_projector.linear_2.bias", LINEAR),
+        (HF_LLAVA, "model.multi_modal_projector.linear_2.bias", LINEAR),
+        (HF_LLAVA, "vision_tower.vision_model.embeddings.position_ids", None),
+        (LLAVA, "model.embed_tokens.weight", EMBEDDING),
+        (LLAVA, "model.layers.7.mlp.up_proj.weight", UP),
+        (LLAVA, "lm_head.weight", HEAD),
+        (LLAVA, "model.mm_projector.2.bias", LINEAR),
+        (LLAVA, "mm_projector.2.bias", LINEAR),
+        (LLAVA, "model.vision_tower.vision_tower.vision_model.embeddings.patch_embedding.weight", PATCHES),
+        (LLAVA, "model.layers.7.self_attn.rotary_emb.inv_freq", None),
+        (MOE_LLAVA, "model.mm_projector.image_spatial_proj.2.bias", LINEAR),
+        (MOE_LLAVA, "model.image_tower.image_tower.vision_model.embeddings.patch_embedding.weight", PATCHES),
+        (MOE_LLAVA, "model.layers.7.mlp.up_proj.weight", UP),
+        (
+            MOE_LLAVA,
+            "model.layers.7.mlp.deepspeed_moe.gate.wg.weight",
+            "language_model.model.layers.7.mlp.gate.weight",
+        ),
+        (
+            MOE_LLAVA,
+            "model.layers.7.mlp.deepspeed_moe.experts.deepspeed_experts.3.up_proj.weight",
+            "language_model.model.layers.7.mlp.experts.3.up_proj.weight",
+        ),
+        (MOE_LLAVA, "model.layers.7.mlp.mlp.up_proj.weight", "language_model.model.layers.7.mlp.mlp.up_proj.weight"),
+        (MOE_LLAVA, "model.layers.7.mlp.coefficient.bias", "language_model.model.layers.7.mlp.coefficient.bias"),
+    ],
+)
+def test_names(layout: object, name: str, new: str | None) -> None:
+    assert isinstance(layout, type(LLAVA))
+    assert renamed(name, layout.names) == new
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.title)
+@given(st.text(max_size=60))
+def test_a_table_never_fails_otherwise_than_by_not_knowing_a_name(layout: object, name: str) -> None:
+    assert isinstance(layout, type(LLAVA))
+    try:
+        new = renamed(name, layout.names)
+    except KeyError:
+        return
+    assert new is None or new.startswith(("vision_tower.", "multi_modal_projector.", "language_model."))
+
+
+@pytest.mark.parametrize(
+    ("names", "layout"),
+    [
+        (["model.multi_modal_projector.linear_1.weight", "lm_head.weight"], HF_LLAVA),
+        (["model.mm_projector.0.weight", "model.embed_tokens.weight"], LLAVA),
+        (["model.mm_projector.image_spatial_proj.0.weight"], MOE_LLAVA),
+        (["transformer.mm_projector.image_spatial_proj.0.weight"], MOE_LLAVA),
+        (["transformer.mm_projector.0.weight"], LLAVA),
+        # LLaVA's projector with DeepSpeed's experts
+        (["model.mm_projector.0.weight", "model.layers.0.mlp.deepspeed_moe.gate.wg.weight"], MOE_LLAVA),
+        (["model.embed_tokens.weight", "lm_head.weight"], None),
+        (["vision_model.embeddings.class_embedding"], None),
+    ],
+)
+def test_layouts_are_told_apart_by_their_tensors(names: list[str], layout: object) -> None:
+    assert next((each for each in LAYOUTS if each.matches(names)), None) is layout
+
+
+@pytest.mark.parametrize(
+    ("name", "new"),
+    [
+        ("vision_model.pre_layrnorm.bias", f"{STORED}pre_layrnorm.bias"),
+        ("encoder.layers.2.mlp.fc1.bias", f"{STORED}encoder.layers.2.mlp.fc1.bias"),
+        ("vision_model.head.probe", f"{STORED}head.probe"),
+        ("vision_model.embeddings.position_ids", None),
+        ("text_model.embeddings.token_embedding.weight", None),
+        ("text_model.embeddings.position_ids", None),
+        ("visual_projection.weight", None),
+        ("logit_scale", None),
+    ],
+)
+def test_names_in_a_tower_s_own_folder(name: str, new: str | None) -> None:
+    assert renamed(name, NAMES) == new
+
+
+def test_every_decoder_says_all_that_text_config_needs() -> None:
+    for decoder in DECODERS:
+        assert decoder.keys.keys() <= decoder.defaults.keys()
+        assert not decoder.keys.keys() & decoder.fixed.keys()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "title"),
+    [
+        ("stablelm", "StableLM"),
+        ("stablelm_epoch", "StableLM"),
+        ("qwen", "Qwen"),
+        ("qwen1_5", "Qwen1.5"),
+        ("qwen2", "Qwen1.5"),
+        ("phi", "Phi"),
+        ("phi3", "Phi"),
+        ("minicpm", "MiniCPM"),
+        ("zhizi", "Eve (PanGu)"),
+        ("mpt", "MPT"),
+        ("next", "LLaVA-1.6 (any resolution)"),
+        ("llama", None),
+        ("gemma", None),
+        ("gemma2", None),
+    ],
+)
+def test_unsupported_families_are_known_by_name(model_type: str, title: str | None) -> None:
+    found = next((other.title for other in UNSUPPORTED if re.fullmatch(other.model_type, model_type)), None)
+    assert found == title
+    assert (title is None and model_type != "gemma2") == any(
+        re.fullmatch(each.model_type, model_type) for each in DECODERS
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("clip-vit-large-patch14-336", 336),
+        ("clip-vit-large-patch14", 224),
+        ("clip-vit-base-patch16", 224),
+        ("siglip-so400m-patch14-384", 384),
+        ("siglip2-so400m-patch16-512", 512),
+        ("siglip-base-patch16-224", 224),
+        ("siglip2-so400m-patch16-naflex", None),
+        ("CLIP-ViT-H-14-laion2B-s32B-b79K", None),
+    ],
+)
+def test_known_towers(name: str, size: int | None) -> None:
+    matches = [(tower, match) for tower in KNOWN_TOWERS if (match := re.fullmatch(tower.name, name))]
+    assert len(matches) == (size is not None)
+    for tower, match in matches:
+        assert (int(match[1]) if match[1] else tower.image_size) == size
