@@ -136,7 +136,9 @@ def test_files_and_back(tmp_path: Path, split: bool) -> None:
     )
     model = build(config, tensors)
     save_model(model, tmp_path / "sparse")
-    np.testing.assert_array_equal(logits(load_model(tmp_path / "sparse"))[0], logits(model)[0])
+    written, made = logits(load_model(tmp_path / "sparse"))[0], logits(model)[0]
+    # Not to the bit: a BLAS may add in another order where an array lies elsewhere in memory.
+    assert np.abs(written - made).max() <= 1e-5 * np.abs(made).max()
     header = check_header(tmp_path / "sparse" / "model.safetensors")
     size = 128 // 4 if split else 128
     assert header["language_model.model.layers.0.mlp.switch_mlp.down_proj.weight"].shape == (4, 64, size)
