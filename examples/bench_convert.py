@@ -5,7 +5,7 @@
     python examples/bench_convert.py --size-gb 0.02        # a quick look
 
 The checkpoint is in Hugging Face's LLaVA layout with a Gemma decoder, in bfloat16 and in shards. Each conversion runs
-in a process of its own, so that the peak memory (ru_maxrss) is that of the conversion and of nothing else. "above" is
+in a process of its own, so that the peak memory is that of the conversion and of nothing else. "above" is
 the peak minus what the same program needs to convert next to nothing; it is to be compared with the largest tensor.
 """
 
@@ -38,12 +38,16 @@ from gm_mlx.tokenizer import load_tokenizer
 SHARD_BYTES = 1 << 30
 SMALL_GB = 0.005  # of a checkpoint that takes next to no memory
 PATCHES = "vision_tower.vision_model.embeddings.patch_embedding.weight"
-# What runs in the child: the command, and then its own peak on the last line; Linux counts it in kilobytes.
+# What runs in the child: the command, and then its own peak on the last line. On Linux ru_maxrss would not do: a child
+# begins with the peak of the process that started it.
 CHILD = """
-import resource, sys
+import re, resource, sys
 from gm_mlx.cli.main import main
 code = main(sys.argv[1:])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+if sys.platform == "linux":
+    print(1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]))
+else:
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 sys.exit(code)
 """
 
