@@ -1,0 +1,42 @@
+"""From a PyTorch checkpoint to an answer, as a user types it: convert, quantize, verify, chat."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from checkpoints import LLAVA, MOE_LLAVA, llava_json, moe_llava_json, model_config, reference, state_of, write, write_hf
+from fixtures import picture
+
+from gm_mlx.cli.main import main
+from gm_mlx.config import MoEConfig
+from gm_mlx.weights import load_model
+
+
+@pytest.mark.parametrize("recipe", ["q4", "mxfp4"])
+@pytest.mark.parametrize("family", ["gemma", "llama"])
+@pytest.mark.parametrize("layout", ["Hugging Face LLaVA", "LLaVA", "MoE-LLaVA"])
+def test_every_layout(
+    tmp_path: Path, layout: str, family: str, recipe: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = model_config(family, moe=MoEConfig() if layout == "MoE-LLaVA" else None)
+    model = reference(config, family)
+    source, whole, small = tmp_path / "source", tmp_path / "whole", tmp_path / "small"
+    if layout == "Hugging Face LLaVA":
+        write_hf(source, model)
+    elif layout == "LLaVA":
+        write(source, llava_json(config, family), state_of(model, LLAVA))
+    else:
+        write(source, moe_llava_json(config, family), state_of(model, MOE_LLAVA))
+    picture().save(tmp_path / "picture.png")
+
+    assert main(["convert", str(source), "-o", str(whole)]) == 0
+    assert main(["quantize", str(whole), "-o", str(small), "--recipe", recipe]) == 0
+    assert any("scales" in layer for layer in load_model(small).modules())
+    assert main(["verify", str(source if layout == "Hugging Face LLaVA" else whole), str(whole)]) == 0
+    capsys.readouterr()
+    image = ["--image", str(tmp_path / "picture.png")]
+    assert main(["chat", "--model", str(small), *image, "--prompt", "What is it?", "--max-tokens", "5", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["image_tokens"] == config.num_image_tokens and answer["generated_tokens"] > 0
