@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from checkpoints import LLAVA, MOE_LLAVA, llava_json, moe_llava_json, model_config, reference, state_of, write, write_hf
+from checkpoints import LLAVA, MOE_LLAVA, llava_json, model_config, moe_llava_json, reference, state_of, write, write_hf
 from fixtures import picture
 
 from gm_mlx.cli.main import main
