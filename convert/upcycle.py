@@ -28,6 +28,7 @@ from gm_mlx.config import LAYER_MODES, ModelConfig, MoEConfig
 from gm_mlx.convert.balanced_clusters import balanced_clusters
 from gm_mlx.errors import UserError
 from gm_mlx.router import low_rank
+from gm_mlx.safetensors_writer import MLX_DTYPES
 from gm_mlx.tensors import Tensor
 
 SEED = 0x6D6C78
@@ -47,7 +48,6 @@ NEURON_AXIS = {
     "fc2.bias": None,
 }
 OUTPUTS = ("down_proj.weight", "fc2.weight")  # k is folded into these; the bias is in each expert, and weights sum to 1
-MLX_DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 
 
 def parse_upcycle(text: str) -> MoEConfig:

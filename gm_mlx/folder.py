@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from gm_mlx.config import ModelConfig
 from gm_mlx.errors import UserError
@@ -25,18 +24,19 @@ from gm_mlx.tensors import Tensor, open_safetensors
 from gm_mlx.weights import (
     DTYPES,
     INDEX_FILE,
-    SINGLE_FILE,
+    PACKED,
     apply_quantization,
     is_router,
     json_text,
     named_arrays,
+    quantized_layers,
+    shard_names,
     unread_model,
     weight_files,
 )
 
 MAX_SHARD_BYTES = 5 << 30
 BLOCK_BYTES = 32 << 20  # of a tensor's rows, cast and quantized at a time
-PARTS = ("weight", "scales", "biases")  # of a quantized layer
 SIDE_FILES_BYTES = 16 << 20  # room for the tokenizer and the like
 
 
@@ -138,10 +138,10 @@ def _plan(
     model: Model, tensors: Mapping[str, Tensor], quantization: Mapping[str, Any] | None, dtype: str | None
 ) -> list[Job]:
     """What to read and what to write, in the model's order; quantizes the layers of ``model``, which stays unread."""
-    packed = _quantized_layers(model)
+    packed = quantized_layers(model)
     if quantization is not None:
         apply_quantization(model, quantization)
-    fresh = {path: layer for path, layer in _quantized_layers(model).items() if path not in packed}
+    fresh = {path: layer for path, layer in quantized_layers(model).items() if path not in packed}
     arrays = named_arrays(model)
     jobs = []
     for name, array in arrays.items():
@@ -149,13 +149,13 @@ def _plan(
         if path in fresh and part in ("scales", "biases"):
             continue  # made with the weight
         source = tensors[name]
-        kept = is_router(name) or (path in packed and part in PARTS)
+        kept = is_router(name) or (path in packed and part in PACKED)
         stored = source.dtype if kept or dtype is None else DTYPE_NAMES[DTYPES[dtype]]
         outputs = {name: Entry("F32" if is_router(name) else stored, array.shape)}
         how = None
         if path in fresh and part == "weight":
             how = {key: getattr(fresh[path], key) for key in ("group_size", "bits", "mode")}
-            parts = {f"{path}.{part}": arrays[f"{path}.{part}"] for part in PARTS if f"{path}.{part}" in arrays}
+            parts = {f"{path}.{part}": arrays[f"{path}.{part}"] for part in PACKED if f"{path}.{part}" in arrays}
             # Scales have the dtype of what was quantized, but in the modes that keep them in a byte.
             outputs = {
                 name: Entry(stored if array.dtype == mx.float32 else DTYPE_NAMES[array.dtype], array.shape)
@@ -163,10 +163,6 @@ def _plan(
             }
         jobs.append(Job(name, source, MLX_DTYPES["F32" if is_router(name) else stored], how, outputs))
     return jobs
-
-
-def _quantized_layers(model: Model) -> dict[str, nn.Module]:
-    return {path: layer for path, layer in model.named_modules() if "scales" in layer}
 
 
 def _shards(jobs: Iterable[Job], max_bytes: int) -> list[list[Job]]:
@@ -187,9 +183,7 @@ def _write_weights(
     folder: Path, shards: list[list[Job]], total: int, progress: Callable[[str, int, int], None] | None
 ) -> dict[str, str]:
     """Write the weight files, and their index if there are several; returns the files' SHA-256."""
-    names = [SINGLE_FILE]
-    if len(shards) > 1:
-        names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    names = shard_names(len(shards))
     done = 0
 
     def pieces(jobs: list[Job]) -> Iterator[memoryview]:

@@ -12,7 +12,7 @@ import mlx.nn as nn
 
 from gm_mlx._mlx_lm import SwitchGLU, SwitchMLP
 from gm_mlx.activations import ACTIVATIONS
-from gm_mlx.config import MoEConfig, TextConfig
+from gm_mlx.config import MoEConfig, TextConfig, VisionConfig
 from gm_mlx.router import Routing, choose, make_router
 
 
@@ -41,9 +41,9 @@ class MLP(nn.Module):
 
 
 class PlainMLP(nn.Module):
-    """Feed-forward network without a gate, with biases (PhiMLP)."""
+    """Feed-forward network without a gate, with biases (PhiMLP; in towers CLIPMLP, SiglipMLP)."""
 
-    def __init__(self, config: TextConfig) -> None:
+    def __init__(self, config: TextConfig | VisionConfig) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[config.hidden_act]
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)

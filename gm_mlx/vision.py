@@ -12,8 +12,8 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
-from gm_mlx.activations import ACTIVATIONS
 from gm_mlx.config import VisionConfig
+from gm_mlx.moe import PlainMLP
 
 
 class Embeddings(nn.Module):
@@ -66,19 +66,6 @@ class Attention(nn.Module):
         return self.out_proj(y.swapaxes(1, 2).reshape(x.shape))
 
 
-class MLP(nn.Module):
-    """Two linears around an activation (CLIPMLP, SiglipMLP)."""
-
-    def __init__(self, config: VisionConfig) -> None:
-        super().__init__()
-        self.activation = ACTIVATIONS[config.hidden_act]
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.fc2(self.activation(self.fc1(x)))
-
-
 class EncoderLayer(nn.Module):
     """A pre-norm transformer layer (CLIPEncoderLayer, SiglipEncoderLayer)."""
 
@@ -87,7 +74,7 @@ class EncoderLayer(nn.Module):
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.self_attn = Attention(config)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = PlainMLP(config)
 
     def __call__(self, x: mx.array) -> mx.array:
         x = x + self.self_attn(self.layer_norm1(x))

@@ -14,7 +14,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,8 @@ from gm_mlx import cpu
 from gm_mlx.config import ModelConfig
 from gm_mlx.errors import UserError
 from gm_mlx.model import Model
-from gm_mlx.safetensors_header import Entry, check_header
-from gm_mlx.tensors import Tensor
+from gm_mlx.safetensors_header import Entry
+from gm_mlx.tensors import Tensor, open_safetensors
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -37,6 +37,8 @@ DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 FLOAT_ENTRIES = ("F32", "F16", "BF16")
 # What a quantized layer's packed arrays must be in the file; all other arrays are floating point.
 PACKED_ENTRIES = {mx.uint32: ("U32",), mx.uint8: ("U8",)}
+
+PACKED = ("weight", "scales", "biases")  # the arrays of a quantized layer; not every mode has biases
 
 # mode: the group sizes and bits that MLX has kernels for.
 QUANTIZATION_MODES = {
@@ -72,8 +74,7 @@ def load_model(folder: Path, *, dtype: str | None = None) -> Model:
         raise UserError(f"dtype: {dtype!r} is not one of {list(DTYPES)}")
     config = ModelConfig.load(folder)
     files = weight_files(folder)
-    entries = _read_entries(files)
-    model = unread_model(config, entries, folder)
+    model = unread_model(config, open_safetensors(files), folder)
 
     kept = _quantized_arrays(model)
     weights: dict[str, mx.array] = {}
@@ -99,9 +100,7 @@ def save_model(model: Model, folder: Path, *, max_shard_bytes: int = 5 << 30) ->
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     shards = _shards(named_arrays(model), max_shard_bytes)
-    names = [SINGLE_FILE]
-    if len(shards) > 1:
-        names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    names = shard_names(len(shards))
     texts = {"config.json": json_text(model.config.to_dict())}
     if len(shards) > 1:
         weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
@@ -126,6 +125,18 @@ def save_model(model: Model, folder: Path, *, max_shard_bytes: int = 5 << 30) ->
             old.unlink()
 
 
+def shard_names(count: int) -> list[str]:
+    """Names of the weight files of a model in so many of them."""
+    if count == 1:
+        return [SINGLE_FILE]
+    return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+
+
+def quantized_layers(model: Model) -> dict[str, nn.Module]:
+    """Path and layer of all that is quantized."""
+    return {path: layer for path, layer in model.named_modules() if "scales" in layer}
+
+
 def named_arrays(model: Model) -> dict[str, mx.array]:
     """All parameters by the names they have in a file."""
     return dict(tree_flatten(model.parameters()))  # type: ignore[arg-type]
@@ -134,10 +145,9 @@ def named_arrays(model: Model) -> dict[str, mx.array]:
 def num_parameters(model: Model) -> int:
     """Weights of the model; a quantized layer counts as the layer it was made from."""
     count = sum(array.size for array in named_arrays(model).values())
-    for _, layer in model.named_modules():
-        if "scales" in layer:
-            packing = sum(layer[name].size for name in ("weight", "scales", "biases") if name in layer)
-            count += layer["scales"].size * layer.group_size - packing
+    for layer in quantized_layers(model).values():
+        packing = sum(layer[name].size for name in PACKED if name in layer)
+        count += layer["scales"].size * layer.group_size - packing
     return count
 
 
@@ -226,17 +236,6 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _read_entries(files: Iterable[Path]) -> dict[str, Entry]:
-    """All tensors of the files, from their headers."""
-    entries: dict[str, Entry] = {}
-    for file in files:
-        found = check_header(file)
-        if twice := sorted(entries.keys() & found.keys()):
-            raise UserError(f"{file}: tensor {twice[0]!r} is in another shard too; fetch or convert the model again")
-        entries |= found
-    return entries
-
-
 def unread_model(config: ModelConfig, tensors: Mapping[str, Entry | Tensor], folder: Path) -> Model:
     """The model that some tensors are meant for, with layers quantized as the config and the tensors' names say.
 
@@ -291,12 +290,7 @@ def is_router(name: str) -> bool:
 
 def _quantized_arrays(model: Model) -> set[str]:
     """Names of the arrays that a quantized layer needs as they are."""
-    return {
-        f"{path}.{name}"
-        for path, layer in model.named_modules()
-        if "scales" in layer
-        for name in ("weight", "scales", "biases")
-    }
+    return {f"{path}.{name}" for path in quantized_layers(model) for name in PACKED}
 
 
 def _cast(name: str, array: mx.array, dtype: str | None, quantized: bool) -> mx.array:

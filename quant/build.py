@@ -15,12 +15,17 @@ from gm_mlx import cpu
 from gm_mlx.config import ModelConfig
 from gm_mlx.model import Model
 from gm_mlx.quant.recipes import Precision
+from gm_mlx.safetensors_writer import MLX_DTYPES
 from gm_mlx.tensors import Tensor
-from gm_mlx.weights import DTYPES, apply_quantization, is_router, quantizable_layers, runs_on_cpu
-
-FLOATS = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
-NAMES = {dtype: name for name, dtype in FLOATS.items()}
-PACKED = ("weight", "scales", "biases")
+from gm_mlx.weights import (
+    DTYPES,
+    PACKED,
+    apply_quantization,
+    is_router,
+    quantizable_layers,
+    quantized_layers,
+    runs_on_cpu,
+)
 
 
 def file_dtype(tensors: Mapping[str, Tensor]) -> str | None:
@@ -50,7 +55,7 @@ def build_model(
     model = Model(config)
     if table is not None:
         apply_quantization(model, table)
-    packed = {path: layer for path, layer in model.named_modules() if "scales" in layer}
+    packed = quantized_layers(model)
     weights: list[tuple[str, mx.array]] = []
     for name, tensor in tensors.items():
         array = tensor.read()
@@ -100,7 +105,7 @@ def dequantized(config: ModelConfig, tensors: Mapping[str, Tensor]) -> tuple[Mod
     model = Model(plain)
     shapes = {path: layer.weight.shape for path, layer in quantizable_layers(model).items()}
     apply_quantization(model, table, lambda path: f"{path}.scales" in tensors)
-    packed = {path: layer for path, layer in model.named_modules() if "scales" in layer}
+    packed = quantized_layers(model)
     # A norm tells the dtype of activations, also where the scales are of another kind (MXFP4).
     dtype = tensors["language_model.model.norm.weight"].dtype
     result: dict[str, Tensor] = {}
@@ -111,7 +116,7 @@ def dequantized(config: ModelConfig, tensors: Mapping[str, Tensor]) -> tuple[Mod
         elif last == "weight":
             parts = [tensors[f"{path}.{part}"] for part in PACKED if f"{path}.{part}" in tensors]
             precision = Precision(packed[path].bits, packed[path].group_size, packed[path].mode)
-            result[name] = Tensor(dtype, shapes[path], _unpacker(parts, precision, FLOATS[dtype]))
+            result[name] = Tensor(dtype, shapes[path], _unpacker(parts, precision, MLX_DTYPES[dtype]))
     return plain, result
 
 
