@@ -228,17 +228,20 @@ def _gelu_tanh(x: np.ndarray) -> np.ndarray:
     return y
 
 
-def _quick_gelu(x: np.ndarray) -> np.ndarray:
-    y = x * -1.702
-    np.exp(y, out=y)
+def _sigmoid_gated(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """``x / (1 + exp(y))``, computed in the memory of ``y``."""
+    with np.errstate(over="ignore"):  # x over infinity is the zero that is meant
+        np.exp(y, out=y)
     y += 1
     return np.divide(x, y, out=y)
+
+
+def _quick_gelu(x: np.ndarray) -> np.ndarray:
+    return _sigmoid_gated(x, x * -1.702)
 
 
 def _silu(x: np.ndarray) -> np.ndarray:
-    y = np.exp(-x)
-    y += 1
-    return np.divide(x, y, out=y)
+    return _sigmoid_gated(x, -x)
 
 
 # NumPy has no erf: the exact GELU stays with MLX.
