@@ -109,6 +109,10 @@ def convert(
             help="For Gemma: whether image features are scaled like text. [default: as its code did]",
         ),
     ] = None,
+    image_tokens: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Tokens per image, by averaging neighbours, such as 144. [default: as it is]"),
+    ] = None,
     preset: Annotated[
         str | None, typer.Option(metavar="NAME", help="Instead of SOURCE, with --random: a preset's shape.")
     ] = None,
@@ -173,6 +177,10 @@ def convert(
         assert source is not None
         opened = _open(source, vision, base, template, scale_image_features)
         check_out(out, force=force, sources=opened.folders.values())
+    if image_tokens is not None:
+        from gm_mlx.convert.image_tokens import set_image_tokens
+
+        opened.translation = set_image_tokens(opened.translation, image_tokens)
     made = opened.translation
     with progress.waiting("prepare"):
         changed = _change(opened, moe, upcycle_split, router_rank, quantize, dtype)

@@ -152,17 +152,8 @@ def render(
     Raises:
         UserError: Messages of another form or order, or as many slots as images do not exist.
     """
-    system, turns = _checked(messages)
-    parts = [_parts(message) for message in turns]
-    if not any(part is None for message in parts for part in message):
-        parts[0] = [*[None] * num_images, *parts[0]]
-    slots = sum(part is None for message in parts for part in message)
-    if slots != num_images:
-        raise UserError(
-            f"the conversation has {_count(slots, 'image slot')} but {_count(num_images, 'image')} "
-            f"{'was' if num_images == 1 else 'were'} given; give one image per slot"
-        )
-
+    system, turns = checked_turns(messages)
+    parts = placed_parts(turns, num_images)
     system = template.system if system is None else system
     system_text = [Segment("text", system), Segment("template", template.system_end)] if system else []
     segments = [Segment("template", BOS)] if template.bos else []
@@ -187,7 +178,21 @@ def render(
     return [segment for segment in segments if segment.text or segment.kind == "image"]
 
 
-def _checked(messages: Sequence[Message]) -> tuple[str | None, list[Message]]:
+def placed_parts(turns: Sequence[Message], num_images: int) -> list[list[str | None]]:
+    """Returns each turn's content as texts and image slots (None), of which there are as many as images."""
+    parts = [_parts(message) for message in turns]
+    if not any(part is None for message in parts for part in message):
+        parts[0] = [*[None] * num_images, *parts[0]]
+    slots = sum(part is None for message in parts for part in message)
+    if slots != num_images:
+        raise UserError(
+            f"the conversation has {_count(slots, 'image slot')} but {_count(num_images, 'image')} "
+            f"{'was' if num_images == 1 else 'were'} given; give one image per slot"
+        )
+    return parts
+
+
+def checked_turns(messages: Sequence[Message]) -> tuple[str | None, list[Message]]:
     """Splits the system text off and checks that users and assistants take turns."""
     if not messages:
         raise UserError("the conversation is empty; give at least one user message")
@@ -278,6 +283,7 @@ def _jinja_literal(value: Any) -> str:
 
 
 # @field@ stands for the field's value. Every tag trims the white space around it, so the layout here is free.
+# "media_marker": llama.cpp's server puts the text of its own marker where an image was.
 _JINJA = """\
 {%- macro text_of(content) -%}
   {%- if content is string -%} {{- content -}}
@@ -290,9 +296,9 @@ _JINJA = """\
   {%- else -%}
     {%- set state = namespace(in_front=true, images=false) -%}
     {%- for part in content -%}
-      {%- if part.type == "image" -%}
+      {%- if part.type in ("image", "media_marker") -%}
         {%- set state.images = state.images or state.in_front -%}
-        {{- @image_token@ -}}
+        {{- part.text if part.type == "media_marker" else @image_token@ -}}
       {%- else -%}
         {%- if state.in_front and state.images and not part.text.startswith(@image_end@) -%} {{- @image_end@ -}}
         {%- endif -%}

@@ -175,8 +175,13 @@ class VisionConfig:
         return self.model_type == "clip_vision_model"
 
     @property
+    def grid(self) -> int:
+        """Patches along each side of an image."""
+        return self.image_size // self.patch_size
+
+    @property
     def num_patches(self) -> int:
-        return (self.image_size // self.patch_size) ** 2
+        return self.grid**2
 
 
 @dataclass(frozen=True)
@@ -191,6 +196,8 @@ class ModelConfig:
         projector_hidden_act: activation of the projector; LLaVA's is the exact (erf) GELU.
         scale_image_features: multiply image features by sqrt(hidden_size), as transformers before 5.4 did for Gemma
             decoders and later ones do not. The same weights answer differently under the two.
+        spatial_pool_stride: projected features are averaged in squares of so many by so many patches (LLaVA-NeXT's
+            ``mm_spatial_pool_stride``); 1 leaves them as they are.
         extra: descriptive keys that came with ``config.json``; written back, never interpreted.
     """
 
@@ -201,6 +208,7 @@ class ModelConfig:
     vision_feature_select_strategy: Literal["default", "full"] = "default"
     projector_hidden_act: str = "gelu"
     scale_image_features: bool = False
+    spatial_pool_stride: int = 1
     extra: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
@@ -212,12 +220,37 @@ class ModelConfig:
             raise UserError(
                 f"vision_feature_select_strategy: {self.vision_feature_select_strategy!r} is not 'default' or 'full'"
             )
+        self._check_pooling()
+
+    def _check_pooling(self) -> None:
+        """Refuse to average what is not a grid of patches, or a grid that squares do not fill."""
+        stride, grid = self.spatial_pool_stride, self.vision_config.grid
+        if stride < 1:
+            raise UserError(f"spatial_pool_stride: {stride} is not 1 or more")
+        if stride > 1 and not self.features_are_grid:
+            raise UserError(
+                f"spatial_pool_stride: {stride} averages a grid of patches, but vision_feature_select_strategy "
+                f"{self.vision_feature_select_strategy!r} gives {self.num_image_features} features of {grid} x {grid} "
+                "patches; only 1 fits"
+            )
+        if grid % stride:
+            raise UserError(f"spatial_pool_stride: {stride} does not divide the {grid} patches of an image's side")
+
+    @property
+    def num_image_features(self) -> int:
+        """Features of one image that the tower gives and the projector reads."""
+        dropped = self.vision_feature_select_strategy == "default"
+        return self.vision_config.num_patches + self.vision_config.is_clip - dropped
+
+    @property
+    def features_are_grid(self) -> bool:
+        """Whether each patch has its feature and nothing else has one: no class token, and no patch dropped for it."""
+        return self.num_image_features == self.vision_config.num_patches
 
     @property
     def num_image_tokens(self) -> int:
         """Positions that one image takes in the decoder's context."""
-        dropped = self.vision_feature_select_strategy == "default"
-        return self.vision_config.num_patches + self.vision_config.is_clip - dropped
+        return self.num_image_features // self.spatial_pool_stride**2
 
     @property
     def num_vision_layers_used(self) -> int:

@@ -20,7 +20,7 @@ from gm_mlx.new_folder import check_out, check_space, new_folder
 from gm_mlx.processor import Processor
 from gm_mlx.safetensors_header import Entry
 from gm_mlx.safetensors_writer import DTYPE_NAMES, MLX_DTYPES, bytes_of, num_bytes, write_safetensors
-from gm_mlx.tensors import Tensor, open_safetensors
+from gm_mlx.tensors import Tensor, open_safetensors, row_blocks
 from gm_mlx.weights import (
     DTYPES,
     INDEX_FILE,
@@ -36,7 +36,6 @@ from gm_mlx.weights import (
 )
 
 MAX_SHARD_BYTES = 5 << 30
-BLOCK_BYTES = 32 << 20  # of a tensor's rows, cast and quantized at a time
 SIDE_FILES_BYTES = 16 << 20  # room for the tokenizer and the like
 
 
@@ -216,7 +215,7 @@ def _data(job: Job) -> Iterator[memoryview]:
         raise ValueError(f"{job.name}: read {array.dtype} {array.shape} where {job.source} was announced")
     mx.eval(array)  # else each block would read the tensor anew
     others: list[list[memoryview]] = [[] for _ in list(job.outputs)[1:]]
-    for block in (_cast(job, rows) for rows in _blocks(array)):
+    for block in (_cast(job, rows) for rows in row_blocks(array)):
         if job.quantization is None:
             yield bytes_of(block)
             continue
@@ -227,16 +226,6 @@ def _data(job: Job) -> Iterator[memoryview]:
             kept.append(bytes_of(scale))  # one number for each group: little
     for kept in others:
         yield from kept
-
-
-def _blocks(array: mx.array) -> Iterator[mx.array]:
-    """The rows of a tensor, some at a time."""
-    # Stacked experts are taken one by one: they may be views of one matrix, which no step here needs to copy.
-    for matrix in array if array.ndim == 3 else [array]:
-        rows = matrix.reshape(-1, matrix.shape[-1]) if matrix.ndim > 1 else matrix.reshape(1, -1)
-        step = max(1, BLOCK_BYTES // max(1, rows.itemsize * rows.shape[1]))
-        for start in range(0, rows.shape[0], step):
-            yield rows[start : start + step]
 
 
 def _cast(job: Job, block: mx.array) -> mx.array:

@@ -216,7 +216,7 @@ def count_flops(config: ModelConfig, layers: list[Layer], images: int, prompt: i
         if layer.component == "tower":
             tower += layer.flops * (vision.num_patches if layer.path.endswith("patch_embedding") else positions)
         elif layer.component == "projector":
-            projector += layer.flops * config.num_image_tokens
+            projector += layer.flops * config.num_image_features
         else:
             decoder += layer.flops
     # Each attended pair costs two products of a head's width: query by key, weight by value.

@@ -6,6 +6,8 @@ Nothing here evaluates an array. A caller that wants one row of logits takes ``h
 
 from __future__ import annotations
 
+import math
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -36,8 +38,15 @@ class Model(nn.Module):
         return self.language_model.model.layers
 
     def encode_images(self, pixels: mx.array) -> mx.array:
-        """Projected image features [N, T, D] of normalised pixels [N, H, W, 3], before any scaling."""
-        return self.multi_modal_projector(self.vision_tower(pixels)).astype(self.language_model.dtype)
+        """Image features [N, T, D] of normalised pixels [N, H, W, 3], before any scaling."""
+        return self.project(self.vision_tower(pixels))
+
+    def project(self, features: mx.array) -> mx.array:
+        """The tower's features [N, P, D_vision] as the decoder takes them: [N, T, D], pooled, in its dtype."""
+        x = self.multi_modal_projector(features)  # [N, P, D]
+        if self.config.spatial_pool_stride > 1:
+            x = pool(x, self.config.spatial_pool_stride)  # [N, T, D]
+        return x.astype(self.language_model.dtype)
 
     def embed(self, ids: np.ndarray, features: mx.array | None = None) -> mx.array:
         """Token embeddings with image features in the image slots.
@@ -84,3 +93,19 @@ class Model(nn.Module):
         """Logits [B, L, V] of token ids [B, L], or of embeddings [B, L, D] in their place (mlx-lm's contract)."""
         x = self.language_model.embed(ids) if input_embeddings is None else input_embeddings
         return self.logits(self.hidden(x, cache, trace))
+
+
+def pool(features: mx.array, stride: int) -> mx.array:
+    """Averages over squares of neighbouring patches (``torch.nn.functional.avg_pool2d``; LLaVA-NeXT's get_2dPool).
+
+    Args:
+        features: [N, G * G, D], patches row by row.
+        stride: side of a square; it divides G.
+
+    Returns:
+        float32 [N, (G / stride) ** 2, D], row by row too. The sum of a square would lose bits in half precision.
+    """
+    count, positions, size = features.shape
+    side = math.isqrt(positions) // stride
+    squares = features.astype(mx.float32).reshape(count, side, stride, side, stride, size)
+    return squares.mean(axis=(2, 4)).reshape(count, side * side, size)

@@ -155,6 +155,9 @@ def _lock(folder: Path) -> int | None:
 
 
 def _is_model(folder: Path) -> bool:
+    """Whether a folder is one that this program writes: for MLX, or for llama.cpp with a ``gm.json`` beside the file."""
+    if (folder / "gm.json").is_file() and (folder / "model.gguf").is_file():
+        return True
     try:
         return json.loads((folder / "config.json").read_bytes())["model_type"] == MODEL_TYPE
     except (OSError, ValueError, RecursionError, KeyError, TypeError):

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -93,39 +94,41 @@ class Processor:
         """
         path = Path(folder) / CONFIG_FILE
         try:
-            config = json.loads(path.read_bytes())
-            _check_keys(config)
-            template = ChatTemplate.from_dict(config["chat_template"])
-            image = None if config["image"] is None else ImageConfig.from_dict(config["image"])
+            parts = _parts(json.loads(path.read_bytes()))
         except FileNotFoundError as error:
             raise UserError(f"{path}: no such file, so no gm-mlx model folder; convert the model first") from error
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: not readable as JSON ({error}); convert or download the model again") from error
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
-        return cls(
-            tokenizer=load_tokenizer(folder, controls=template.controls),
-            template=template,
-            image=image,
-            image_token_id=config["image_token_index"],
-            tokens_per_image=config["tokens_per_image"],
-            stop_ids=frozenset(config["stop_token_ids"]),
-        )
+        return cls(tokenizer=load_tokenizer(folder, controls=parts["template"].controls), **parts)
+
+    @classmethod
+    def from_dict(cls, config: object, tokenizer: Tokenizer) -> Processor:
+        """Builds a processor from the contents of ``processor_config.json``, as ``to_dict`` returns them.
+
+        Raises:
+            UserError: A key is missing, unknown or of the wrong type.
+        """
+        return cls(tokenizer=tokenizer, **_parts(config))
 
     def save(self, folder: str | Path) -> None:
         """Writes ``processor_config.json``, ``chat_template.jinja`` and the tokenizer's files; makes the folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        config = {
+        (folder / CONFIG_FILE).write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (folder / JINJA_FILE).write_text(to_jinja(self.template), encoding="utf-8")
+        self.tokenizer.save(folder)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the contents of ``processor_config.json``; the tokenizer is not in it."""
+        return {
             "image": None if self.image is None else self.image.to_dict(),
             "image_token_index": self.image_token_id,
             "tokens_per_image": self.tokens_per_image,
             "stop_token_ids": sorted(self.stop_ids),
             "chat_template": self.template.to_dict(),
         }
-        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        (folder / JINJA_FILE).write_text(to_jinja(self.template), encoding="utf-8")
-        self.tokenizer.save(folder)
 
     def encode(self, messages: Sequence[Message], num_images: int = 0, add_generation_prompt: bool = True) -> Prompt:
         """Tokenizes a conversation.
@@ -326,7 +329,19 @@ _KEYS = {
 }
 
 
-def _check_keys(config: object) -> None:
+def _parts(config: object) -> dict[str, Any]:
+    """Returns the fields of a ``Processor`` that its configuration holds."""
+    values = _checked(config)
+    return {
+        "template": ChatTemplate.from_dict(values["chat_template"]),
+        "image": None if values["image"] is None else ImageConfig.from_dict(values["image"]),
+        "image_token_id": values["image_token_index"],
+        "tokens_per_image": values["tokens_per_image"],
+        "stop_ids": frozenset(values["stop_token_ids"]),
+    }
+
+
+def _checked(config: object) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError("not a JSON object; convert or download the model again")
     for key in [*config, *_KEYS]:
@@ -338,3 +353,4 @@ def _check_keys(config: object) -> None:
             raise UserError(f"'{key}' is {config[key]!r}; convert the model again")
     if not all(isinstance(token, int) for token in config["stop_token_ids"]):
         raise UserError("'stop_token_ids' must be a list of ids; convert the model again")
+    return config

@@ -131,7 +131,7 @@ def trace(model: Model, inputs: Inputs, limits: Limits) -> Trace:
     if inputs.pixels is not None:
         tower = model.vision_tower(mx.array(inputs.pixels))
         out.stages["tower"] = _numpy(tower)
-        features = model.multi_modal_projector(tower).astype(model.language_model.dtype)
+        features = model.project(tower)
         out.stages["projector"] = _numpy(features)
     image_token = model.config.image_token_index
     x = model.embed(np.where(inputs.ids == NO_TOKEN, image_token, inputs.ids), features)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +10,8 @@ import mlx.core as mx
 
 from gm_mlx.errors import UserError
 from gm_mlx.safetensors_header import check_header
+
+BLOCK_BYTES = 32 << 20  # of a tensor's rows, cast and quantized at a time
 
 
 @dataclass(frozen=True)
@@ -45,3 +47,13 @@ def open_safetensors(files: Iterable[Path]) -> dict[str, Tensor]:
 def _reader(file: Path, name: str) -> Callable[[], mx.array]:
     # MLX keeps what it has read in the array, so each call asks for arrays of its own: a header costs a millisecond.
     return lambda: mx.load(str(file))[name]  # type: ignore[index,call-overload,return-value]
+
+
+def row_blocks(array: mx.array) -> Iterator[mx.array]:
+    """The rows of a tensor [..., C], some at a time, as arrays [n, C]; a vector is one row."""
+    # Stacked experts are taken one by one: they may be views of one matrix, which no step here needs to copy.
+    for matrix in array if array.ndim == 3 else [array]:
+        rows = matrix.reshape(-1, matrix.shape[-1]) if matrix.ndim > 1 else matrix.reshape(1, -1)
+        step = max(1, BLOCK_BYTES // max(1, rows.itemsize * rows.shape[1]))
+        for start in range(0, rows.shape[0], step):
+            yield rows[start : start + step]

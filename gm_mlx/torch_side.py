@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ def _trace(model: Any, inputs: Inputs, limits: Limits) -> Trace:
     if inputs.pixels is not None:
         arguments["pixel_values"] = torch.from_numpy(inputs.pixels.transpose(0, 3, 1, 2).copy())  # [N, 3, H, W]
     stages: dict[str, np.ndarray] = {}
-    hooks = _hooks(model, stages)
+    hooks = _hooks(model, stages, int((inputs.ids == NO_TOKEN).sum()))
     rows = model.get_output_embeddings().weight.shape[0]
     banned = sorted({*range(limits.vocab_size, rows), image_token} & set(range(rows)))
     try:
@@ -132,17 +133,23 @@ def _trace(model: Any, inputs: Inputs, limits: Limits) -> Trace:
     return Trace({stage: stages[stage] for stage in _in_order(stages)}, {}, answer)
 
 
-def _hooks(model: Any, stages: dict[str, np.ndarray]) -> list[Any]:
-    """Notes what each stage makes of the first pass, which is the prompt; later passes are single tokens."""
+def _hooks(model: Any, stages: dict[str, np.ndarray], slots: int) -> list[Any]:
+    """Notes what each stage makes of the first pass, which is the prompt; later passes are single tokens.
+
+    Hugging Face's LLaVA has no pooling. Where the other model has (``spatial_pool_stride``), its prompt has fewer
+    ``slots`` for images, and the projector's output is pooled here as much.
+    """
 
     def keep(stage: str, value: Any) -> None:
         value = value[0] if isinstance(value, tuple) else value
         if stage not in stages:
             stages[stage] = value.detach().float().numpy().copy()
 
-    def projector(module: Any, inputs: Any, output: Any) -> None:
+    def projector(module: Any, inputs: Any, output: Any) -> Any:
+        pooled = _pool(output, slots)
         keep("tower", inputs[0])
-        keep("projector", output)
+        keep("projector", pooled)
+        return pooled
 
     def first_layer(module: Any, inputs: Any, named: dict[str, Any]) -> None:
         keep("embeddings", inputs[0] if inputs else named["hidden_states"])
@@ -163,6 +170,23 @@ def _hooks(model: Any, stages: dict[str, np.ndarray]) -> list[Any]:
         elif HEAD.fullmatch(name):
             hooks.append(module.register_forward_hook(after("logits")))
     return hooks
+
+
+def _pool(features: Any, slots: int) -> Any:
+    """Features [N, P, D] averaged over squares of patches, so that all images together fill the slots: [N, T, D]."""
+    from torch.nn.functional import avg_pool2d
+
+    images, positions, size = features.shape
+    grid, side = isqrt(positions), isqrt(slots // images)
+    if images * positions == slots:
+        return features
+    if grid**2 != positions or images * side**2 != slots or not side or grid % side:
+        raise UserError(
+            f"tokens per image: PyTorch's model has {positions} where the other has {slots / images:g}; they are not "
+            "forms of one model"
+        )
+    maps = features.transpose(1, 2).reshape(images, size, grid, grid)
+    return avg_pool2d(maps, grid // side).flatten(2).transpose(1, 2)
 
 
 def _in_order(stages: dict[str, np.ndarray]) -> list[str]:

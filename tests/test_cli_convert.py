@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,75 @@ def test_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert hashes("a") == hashes("b", "--seed", "0") != hashes("c", "--seed", "1")
 
 
+# Fewer tokens per image.
+
+
+def figures_of(capsys: pytest.CaptureFixture[str], folder: Path) -> dict[str, Any]:
+    assert main(["info", str(folder), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_fewer_tokens_per_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a quantized model: no weight changes, and what is pooled can be pooled further or not at all."""
+    box, previous = figures_of(capsys, hub.find_model()), "gm-tiny"
+    weights: Any = mx.load(str(hub.find_model() / "model.safetensors"))
+    for tokens, stride in ((16, 2), (4, 4), (64, 1)):
+        out = tmp_path / str(tokens)
+        facts = run(capsys, previous, "-o", out, "--image-tokens", tokens)
+        assert any(f"takes {tokens} tokens" in note for note in facts["notes"]) == (tokens < 64)
+        assert ModelConfig.load(out).spatial_pool_stride == stride
+        assert Processor.from_folder(out).tokens_per_image == tokens
+        assert json_of(out / "gm.json")["image_tokens"] == tokens
+        assert f"{tokens} tokens per image" in (out / "README.md").read_text()
+        stored: Any = mx.load(str(out / "model.safetensors"))
+        assert stored.keys() == weights.keys() and all(mx.array_equal(stored[name], weights[name]) for name in stored)
+        info = figures_of(capsys, out)
+        assert (info["tokens_per_image"], info["prompt_tokens"]) == (tokens, tokens + 64)
+        assert (info["parameters"], info["flops"]["projector"]) == (box["parameters"], box["flops"]["projector"])
+        reply = gm_mlx.load(str(out)).chat("what shape is in the image?", [picture()], max_tokens=8)
+        assert reply.stats.image_tokens == tokens and reply.text
+        previous = str(out)
+    assert answer(tmp_path / "64") == answer(hub.find_model())
+
+
+def test_a_pooled_model_stays_pooled(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(capsys, source, "-o", tmp_path / "a", "--image-tokens", 1)
+    run(capsys, tmp_path / "a", "-o", tmp_path / "b", "--quantize", "q8")
+    assert ModelConfig.load(tmp_path / "b").num_image_tokens == Processor.from_folder(tmp_path / "b").tokens_per_image
+    assert gm_mlx.load(str(tmp_path / "b")).chat("What?", [picture()] * 2, max_tokens=4).stats.image_tokens == 2
+
+
+def test_a_random_model_with_fewer_tokens_per_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(capsys, "--preset", "gm-tiny", "--random", "-o", tmp_path / "out", "--image-tokens", 1)
+    assert ModelConfig.load(tmp_path / "out").spatial_pool_stride == 8
+    assert gm_mlx.load(str(tmp_path / "out")).chat("What?", [picture()], max_tokens=4).stats.image_tokens == 1
+
+
+@pytest.mark.parametrize(
+    ("preset", "tokens", "message"),
+    [
+        ("llava-gm-2b", 100, "24 x 24 patches cannot be averaged to that; it can be one of 576, 144, 64, 36, 16, 9, 4"),
+        ("gm-tiny", 63, "8 x 8 patches cannot be averaged to that; it can be one of 64, 16, 4, 1"),
+        ("gm-tiny", 0, "8 x 8 patches cannot be averaged to that"),
+        ("gm-tiny", -4, "8 x 8 patches cannot be averaged to that"),
+    ],
+)
+def test_numbers_of_tokens_that_no_image_can_take(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], preset: str, tokens: int, message: str
+) -> None:
+    error = refused(capsys, "--preset", preset, "--random", "-o", tmp_path / "out", "--image-tokens", tokens)
+    assert error.startswith(f"--image-tokens {tokens}: {message}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_class_token_is_not_averaged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = replace(tiny_config("clip"), vision_feature_select_strategy="full")
+    folder = tiny_folder(tmp_path / "source", model=tiny_model(config=config))
+    for tokens in (1, 4, 5):
+        error = refused(capsys, folder, "-o", tmp_path / "out", "--image-tokens", tokens)
+        assert "vision_feature_select_strategy 'full' and 5 features of 2 x 2 patches can have 5 only" in error
+
+
 # A PyTorch checkpoint.
 
 
@@ -212,6 +282,9 @@ def test_a_checkpoint(
     assert {"layout", "template", "image_mode", "vocab_cut", "vision_source", "made_by"} <= gm.keys()
     assert gm["vision_source"] == "checkpoint"
     assert ModelConfig.load(out).scale_image_features
+    run(capsys, checkpoint, "-o", tmp_path / "pooled", "--image-tokens", 1)
+    assert (ModelConfig.load(out).num_image_tokens, ModelConfig.load(tmp_path / "pooled").num_image_tokens) == (4, 1)
+    assert answer(tmp_path / "pooled") is not None
     run(capsys, checkpoint, "-o", out, "--force", "--no-scale-image-features", "--quantize", "q4", "--upcycle", "4x2")
     config = ModelConfig.load(out)
     assert not config.scale_image_features

@@ -32,7 +32,7 @@ from gm_mlx.config import ModelConfig
 from gm_mlx.errors import UserError
 from gm_mlx.model import Model
 from gm_mlx.stages import FolderSide, Precision, Question
-from gm_mlx.torch_side import TorchSide, open_side
+from gm_mlx.torch_side import TorchSide, _pool, open_side
 from gm_mlx.weights import apply_quantization, named_arrays
 
 QUESTIONS = [Question("How many objects are there?"), Question("What is in the picture?", [picture(1), picture(2)])]
@@ -207,6 +207,29 @@ def test_hugging_face_and_ours_agree(hugging_face: tuple[Path, Path]) -> None:
     assert max(d.error for d in outcome.stages) < 1e-4
     assert outcome.skipped.keys() == {"pixels", "ids"}
     assert all(answer.a == answer.b and answer.tokens for answer in outcome.answers)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_pooled_model_is_compared_with_pytorch_pooled_as_much(
+    hugging_face: tuple[Path, Path], tmp_path: Path, turned: bool
+) -> None:
+    theirs, ours = hugging_face
+    model = Model(replace(ModelConfig.load(ours), spatial_pool_stride=2))
+    model.load_weights(str(ours / "model.safetensors"))
+    pooled = tiny_folder(tmp_path, model=model)
+    outcome = run(*((pooled, theirs) if turned else (theirs, pooled)))
+    assert [d.stage for d in outcome.stages][:3] == ["tower", "projector", "embeddings"]
+    assert max(d.error for d in outcome.stages) < 1e-4
+    assert all(answer.a == answer.b and answer.tokens for answer in outcome.answers)
+    with pytest.raises(UserError, match="tokens per image is 1 where a has 4"):
+        run(ours, pooled)
+
+
+@pytest.mark.parametrize(("images", "slots"), [(1, 3), (2, 4), (1, 0), (1, 5), (2, 5), (1, 16)])
+def test_slots_that_pytorch_cannot_fill(images: int, slots: int) -> None:
+    """A grid of 3 x 3 can be 9 features or 1."""
+    with pytest.raises(UserError, match="tokens per image: PyTorch's model has 9 where the other has"):
+        _pool(torch.zeros(images, 9, 2), slots)
 
 
 def test_a_wrong_conversion_shows(hugging_face: tuple[Path, Path], tmp_path: Path) -> None:

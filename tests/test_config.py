@@ -140,6 +140,10 @@ def test_what_describes_and_does_not_shape_is_kept() -> None:
         ("vision_feature_layer", 5, "vision_feature_layer: 5 is outside a tower of 4 layers"),
         ("vision_feature_select_strategy", "cls", "vision_feature_select_strategy: 'cls' is not"),
         ("projector_hidden_act", "swish9", "projector_hidden_act: activation 'swish9' is not"),
+        ("spatial_pool_stride", 0, "spatial_pool_stride: 0 is not 1 or more"),
+        ("spatial_pool_stride", -2, "spatial_pool_stride: -2 is negative"),
+        ("spatial_pool_stride", 2.0, "spatial_pool_stride: 2.0 is not a whole number"),
+        ("spatial_pool_stride", 3, "spatial_pool_stride: 3 does not divide the 8 patches of an image's side"),
     ],
 )
 def test_what_would_be_another_model_is_refused_by_name(path: str, value: Any, message: str) -> None:
@@ -187,6 +191,40 @@ def test_tokens_per_image(is_clip: bool, strategy: Any, tokens: int) -> None:
     kind: Any = "clip_vision_model" if is_clip else "siglip_vision_model"
     vision = replace(config.vision_config, model_type=kind, image_size=29, patch_size=9)
     assert replace(config, vision_config=vision, vision_feature_select_strategy=strategy).num_image_tokens == tokens
+
+
+def grid_of(is_clip: bool, side: int, **join: Any) -> ModelConfig:
+    """gm-tiny with a tower of ``side`` x ``side`` patches."""
+    kind: Any = "clip_vision_model" if is_clip else "siglip_vision_model"
+    vision = replace(PRESETS["gm-tiny"].vision_config, model_type=kind, image_size=4 * side + 3, patch_size=4)
+    return replace(PRESETS["gm-tiny"], vision_config=vision, **join)
+
+
+@pytest.mark.parametrize(("is_clip", "strategy"), [(True, "default"), (False, "full")])
+@given(side=st.integers(1, 40), stride=st.integers(1, 40))
+def test_pooling_divides_the_grid(is_clip: bool, strategy: str, side: int, stride: int) -> None:
+    join: dict[str, Any] = {"vision_feature_select_strategy": strategy, "spatial_pool_stride": stride}
+    if side % stride:
+        with pytest.raises(UserError, match=f"spatial_pool_stride: {stride} does not divide the {side} patches"):
+            grid_of(is_clip, side, **join)
+        return
+    config = grid_of(is_clip, side, **join)
+    assert (config.num_image_tokens, config.num_image_features) == ((side // stride) ** 2, side**2)
+    back = ModelConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert back == config and back.spatial_pool_stride == stride
+
+
+@pytest.mark.parametrize(("is_clip", "strategy", "features"), [(True, "full", 65), (False, "default", 63)])
+def test_only_a_whole_grid_is_pooled(is_clip: bool, strategy: str, features: int) -> None:
+    assert grid_of(is_clip, 8, vision_feature_select_strategy=strategy).num_image_tokens == features
+    with pytest.raises(UserError) as caught:
+        grid_of(is_clip, 8, vision_feature_select_strategy=strategy, spatial_pool_stride=2)
+    assert str(caught.value).startswith("spatial_pool_stride: 2 averages a grid of patches, but vision_feature_select")
+    assert f"{strategy!r} gives {features} features of 8 x 8 patches" in str(caught.value)
+
+
+def test_a_config_without_the_stride_does_not_pool() -> None:
+    assert ModelConfig.from_dict(changed("spatial_pool_stride", ...)) == PRESETS["gm-tiny"]
 
 
 @pytest.mark.parametrize(("layer", "used"), [(-1, 4), (-2, 3), (-5, 0), (0, 0), (3, 3), (4, 4)])

@@ -27,6 +27,7 @@ from safetensors.numpy import load_file
 import gm_mlx
 from gm_mlx import folder as folder_module
 from gm_mlx import new_folder
+from gm_mlx import tensors as tensors_module
 from gm_mlx.config import ModelConfig, MoEConfig
 from gm_mlx.errors import UserError
 from gm_mlx.folder import read_model_folder, write_model_folder
@@ -110,12 +111,12 @@ def test_a_complete_folder_chats(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
 @pytest.mark.parametrize("dtype", [None, "float16", "bfloat16"])
-@pytest.mark.parametrize("block", [folder_module.BLOCK_BYTES, 10_000])
+@pytest.mark.parametrize("block", [tensors_module.BLOCK_BYTES, 10_000])
 def test_quantized_as_in_memory(
     tmp_path: Path, table: dict[str, Any], dtype: str | None, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The reference is the plain way: all in memory, cast, quantize, save."""
-    monkeypatch.setattr(folder_module, "BLOCK_BYTES", block)
+    monkeypatch.setattr(tensors_module, "BLOCK_BYTES", block)
     model = tiny_model()
     write(tmp_path / "streamed", model, quantization=table, dtype=dtype)
     if dtype:
@@ -295,7 +296,7 @@ def test_copies_of_one_matrix_are_not_made(tmp_path: Path) -> None:
 
 
 def test_a_block_of_a_large_tensor_is_quantized_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folder_module, "BLOCK_BYTES", 64 << 10)
+    monkeypatch.setattr(tensors_module, "BLOCK_BYTES", 64 << 10)
     config = tiny_config(vocab_size=16384)
     model = tiny_model(config=config)
     large = "language_model.model.embed_tokens.weight"

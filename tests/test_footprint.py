@@ -113,6 +113,7 @@ VARIANTS = {
     "siglip": tiny_config("siglip"),
     "clip": tiny_config("clip"),
     "class token": replace(tiny_config("clip"), vision_feature_select_strategy="full"),
+    "pooled": replace(tiny_config("clip"), spatial_pool_stride=2),
     "tied": tiny_config(tie_word_embeddings=True),
     "dense": tiny_config(moe=None),
     "low-rank": tiny_config(moe=MoEConfig(router_rank=3)),
@@ -201,6 +202,17 @@ def test_flops_by_hand() -> None:
     assert counted.flops.head == 2 * 64 * 500
     assert counted.flops.token == 2 * (per_token + 2 * (prompt + 1) * 2 * 64 + 64 * 500)
     assert counted.flops.prefill == sum(asdict(counted.flops).values()) - counted.flops.token
+
+
+def test_pooled_images_are_projected_whole_and_read_small() -> None:
+    config = PRESETS["llava-gm-2b"]
+    whole, pooled = footprint(config, images=2), footprint(replace(config, spatial_pool_stride=2), images=2)
+    assert (whole.prompt_tokens, pooled.prompt_tokens) == (2 * 576 + 64, 2 * 144 + 64)
+    assert (pooled.total, pooled.active, pooled.bytes) == (whole.total, whole.active, whole.bytes)
+    assert (pooled.flops.tower, pooled.flops.projector) == (whole.flops.tower, whole.flops.projector)
+    assert pooled.flops.decoder * 3 < whole.flops.decoder
+    assert pooled.flops.decoder == footprint(config, images=0, text_tokens=2 * 144 + 64).flops.decoder
+    assert pooled.memory.kv_cache < whole.memory.kv_cache
 
 
 def test_without_an_image_there_is_no_tower() -> None:

@@ -9,10 +9,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch_reference import CLIP, IMAGE_TOKEN, SIGLIP, TEXT, copy_weights, llava, relative_error, siglip
 
 from gm_mlx.config import ModelConfig, MoEConfig
-from gm_mlx.model import Model
+from gm_mlx.model import Model, pool
 from gm_mlx.vision import VisionTower
 
 TOLERANCE = 1e-4
@@ -117,6 +119,53 @@ def test_siglip_tower(layer: int) -> None:
     ours = tower(mx.array(pixels))
     assert ours.shape == (2, SIGLIP.num_patches, SIGLIP.hidden_size)
     assert relative_error(ours, theirs) <= TOLERANCE
+
+
+@given(
+    count=st.integers(1, 3),
+    side=st.integers(1, 6),
+    stride=st.integers(1, 5),
+    size=st.integers(1, 9),
+    dtype=st.sampled_from(["float32", "float16", "bfloat16"]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_pooling_equals_pytorch(count: int, side: int, stride: int, size: int, dtype: str, seed: int) -> None:
+    grid = side * stride
+    values = np.random.default_rng(seed).normal(size=(count, grid * grid, size)).astype(np.float32)
+    theirs = torch.from_numpy(values).to(getattr(torch, dtype)).float()  # [B, N, D], as rounded as ours
+    maps = theirs.transpose(1, 2).reshape(count, size, grid, grid)
+    expected = torch.nn.functional.avg_pool2d(maps, stride).flatten(2).transpose(1, 2)
+    ours = pool(mx.array(values).astype(getattr(mx, dtype)), stride)
+    assert ours.dtype == mx.float32 and ours.shape == (count, side * side, size)
+    np.testing.assert_allclose(np.array(ours), expected.numpy(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("stride", "scale"), [(2, False), (2, True), (4, True)])
+def test_pooled_features_are_pooled_after_the_projector(stride: int, scale: bool) -> None:
+    """And before they are scaled: the order in which llama.cpp's projector and Gemma's embeddings follow each other."""
+    config = replace(SPARSE, spatial_pool_stride=stride, scale_image_features=scale)
+    model, reference = pair(config)
+    pixels, ids = pictures(3), prompts(config, [1, 2])
+    with torch.no_grad():
+        features = torch.stack(list(reference.get_image_features(to_torch(pixels)).pooler_output))  # [3, 16, D]
+        maps = features.transpose(1, 2).reshape(3, TEXT.hidden_size, 4, 4)
+        pooled = torch.nn.functional.avg_pool2d(maps, stride).flatten(2).transpose(1, 2)
+        embeddings = reference.get_input_embeddings()(torch.from_numpy(ids))
+        slots = pooled.reshape(-1, TEXT.hidden_size) * (TEXT.hidden_size**0.5 if scale else 1)
+        embeddings[torch.from_numpy(ids == IMAGE_TOKEN)] = slots
+        logits = reference.lm_head(reference.model.language_model(inputs_embeds=embeddings).last_hidden_state)
+    ours = model.encode_images(mx.array(pixels))
+    assert ours.shape == (3, config.num_image_tokens, TEXT.hidden_size)
+    assert relative_error(ours, pooled) <= TOLERANCE
+    merged = model.embed(ids, ours)
+    assert relative_error(merged, embeddings) <= TOLERANCE
+    assert relative_error(model.logits(model.hidden(merged)), logits) <= TOLERANCE
+
+
+def test_pooled_features_have_the_decoders_dtype() -> None:
+    model = Model(replace(DENSE, spatial_pool_stride=2))
+    model.set_dtype(mx.bfloat16)
+    assert model.encode_images(mx.array(pictures(1))).dtype == mx.bfloat16
 
 
 def test_text_alone_equals_gemma() -> None:
