@@ -36,8 +36,21 @@ def chat(
     model: Annotated[
         str | None,
         typer.Option(
-            "--model", "-m", metavar="PATH|REPO", help="A model folder or a Hugging Face repository. [default: gm-tiny]"
+            "--model",
+            "-m",
+            metavar="PATH|REPO",
+            help="A model folder, a GGUF file or a Hugging Face repository. [default: gm-tiny]",
         ),
+    ] = None,
+    mmproj: Annotated[
+        str | None,
+        typer.Option(
+            "--mmproj", metavar="FILE", help="The vision model of a GGUF file. [default: one beside it that fits]"
+        ),
+    ] = None,
+    gguf_file: Annotated[
+        str | None,
+        typer.Option("--gguf-file", metavar="PATTERN", help="Which GGUF file of a folder or repository, as Q8_0."),
     ] = None,
     image: Annotated[
         list[str] | None,
@@ -81,6 +94,31 @@ def chat(
     prefill_chunk: Annotated[
         int | None, typer.Option(metavar="N", help="Read the prompt in pieces of so many tokens. [default: 512]")
     ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            "--context", metavar="N", help="Of a GGUF file: room for so many tokens. [default: grows as needed]"
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", metavar="N", help="Of a GGUF file: processors. [default: all cores]")
+    ] = None,
+    n_gpu_layers: Annotated[
+        int | None,
+        typer.Option("--n-gpu-layers", metavar="N", help="Of a GGUF file: layers for the GPU. [default: all]"),
+    ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--lora", metavar="FILE[=SCALE]", help="Of a GGUF file: a LoRA adapter and its strength; may be repeated."
+        ),
+    ] = None,
+    repack: Annotated[
+        bool | None,
+        typer.Option(
+            "--repack/--no-repack", help="Of a GGUF file: rearrange weights for the CPU. [default: what reads faster]"
+        ),
+    ] = None,
     no_exif: Annotated[
         bool, typer.Option("--no-exif", help="Do not turn photographs as their EXIF orientation says.")
     ] = False,
@@ -117,7 +155,19 @@ def chat(
             if getattr(sampling, name) != getattr(GREEDY, name):
                 note(f"--{name.replace('_', '-')} does nothing at --temperature 0")
 
-    engine_options = {"kv_bits": kv_bits and int(kv_bits), "max_kv_size": max_kv_size, "prefill_chunk": prefill_chunk}
+    engine_options = {
+        "mmproj": mmproj,
+        "gguf_file": gguf_file,
+        "kv_bits": kv_bits and int(kv_bits),
+        "max_kv_size": max_kv_size,
+        "prefill_chunk": prefill_chunk,
+        "n_ctx": context,
+        "threads": threads,
+        "gpu_layers": n_gpu_layers,
+        "lora": [_lora(text) for text in lora] if lora else None,
+        "repack": repack,
+        "show_log": debug or None,
+    }
     progress = Progress()
     began = perf_counter()
     with progress.waiting("load"):
@@ -159,6 +209,15 @@ def open_image(engine: Engine, exif: bool) -> Callable[[str], Image]:
         return load_image(path, exif=False)
 
     return as_stored
+
+
+def _lora(text: str) -> tuple[str, float]:
+    """Returns file and strength of ``--lora``; of a name without a number behind its =, all of it is the file."""
+    file, _, scale = text.rpartition("=")
+    try:
+        return file or text, float(scale) if file else 1.0
+    except ValueError:
+        return text, 1.0
 
 
 def _question(prompt: str | None) -> str:

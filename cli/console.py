@@ -31,6 +31,7 @@ PHASES = {
     "calibrate": "Reading calibration data",
     "measure": "Measuring what each part needs",
     "scale": "Scaling channels",
+    "quantize": "Quantizing",
     "reference": "Answering with the original",
     "compare": "Answering with the result",
     "prepare": "Preparing",

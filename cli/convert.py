@@ -1,30 +1,22 @@
-"""``gm-mlx convert``: a checkpoint, a model folder or a preset, written as a model folder."""
+"""``gm-mlx convert``: a checkpoint, a model folder or a preset, written as a model folder or for llama.cpp."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from time import perf_counter
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from gm_mlx import __version__
 from gm_mlx.cli.console import Debug, Progress, note, parse_size, size
+from gm_mlx.cli.conversion import Opened, agreement, change, check_recipe, open_source, refuse
 from gm_mlx.errors import UserError
 
-if TYPE_CHECKING:
-    from gm_mlx.config import ModelConfig, MoEConfig
-    from gm_mlx.convert.translate import Translation
-    from gm_mlx.quant.evaluate import Agreement
-    from gm_mlx.tensors import Tensor
-
-
 SAMPLES = 8  # on which a split model is measured
+WEIGHTS = ("*.safetensors", "*.gguf")
 
 
 class Dtype(StrEnum):
@@ -35,33 +27,19 @@ class Dtype(StrEnum):
     BFLOAT16 = "bfloat16"
 
 
-@dataclass
-class Opened:
-    """A model that is not written yet.
+class To(StrEnum):
+    """The choices of ``--to``."""
 
-    Attributes:
-        translation: the model.
-        name: what the user called it.
-        folders: where its files are, by role: "checkpoint", "vision", "base".
-        names: what each role's folder was called.
-    """
-
-    translation: Translation
-    name: str
-    folders: dict[str, Path]
-    names: dict[str, str]
+    MLX = "mlx"
+    GGUF = "gguf"
+    GGUF_LORA = "gguf-lora"
 
 
-@dataclass
-class Changed:
-    """A model as it is to be written; see ``write_model_folder``."""
+class ClipLayout(StrEnum):
+    """The choices of ``--clip-layout``."""
 
-    config: ModelConfig
-    tensors: Mapping[str, Tensor]
-    table: dict[str, Any] | None
-    dtype: str | None
-    gm: dict[str, Any]
-    notes: list[str]
+    FIRST = "cls_first"
+    LAST = "cls_last"
 
 
 def convert(
@@ -69,9 +47,29 @@ def convert(
         str | None,
         typer.Argument(metavar="SOURCE", help="A checkpoint's folder, a model folder, or a repository with either."),
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="OUT", help="The model folder to write.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="OUT", help="The folder to write; with --to gguf-lora, the file."),
+    ] = None,
+    to: Annotated[
+        To,
+        typer.Option(help="Write a model folder, files for llama.cpp, or a LoRA adapter for llama.cpp's --lora."),
+    ] = To.MLX,
     quantize: Annotated[
-        str | None, typer.Option(metavar="RECIPE", help="Fewer bits: q4, q8, q4-all, q3-experts or mxfp4.")
+        str | None,
+        typer.Option(
+            metavar="RECIPE",
+            help="Fewer bits: q4, q8, q4-all, q3-experts or mxfp4. For gguf also llama.cpp's types, such as Q4_K_M.",
+        ),
+    ] = None,
+    imatrix: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="For gguf: what `gm-mlx imatrix` has measured.")
+    ] = None,
+    clip_layout: Annotated[
+        ClipLayout | None,
+        typer.Option(
+            help="For gguf: where llama.cpp expects the position of CLIP's class token. [default: found by trying]"
+        ),
     ] = None,
     upcycle: Annotated[
         str | None,
@@ -127,7 +125,7 @@ def convert(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Convert a PyTorch checkpoint into a model folder."""
+    """Convert a PyTorch checkpoint into a model folder, or into files for llama.cpp."""
     if out is None:
         raise UserError("name the model folder to write with -o OUT")
     if (source is None) == (preset is None):
@@ -140,7 +138,7 @@ def convert(
         raise UserError("--template: a preset has that of its tokenizer; leave it out")
     checkpoint_only = {"--vision": vision, "--base": base, "--scale-image-features": scale_image_features}
     if preset is not None:
-        _refuse(checkpoint_only, "with --preset")
+        refuse(checkpoint_only, "with --preset")
     if upcycle_split and upcycle is None:
         raise UserError("--upcycle-split says how experts are made; say how many with --upcycle, such as 4x2")
     if calibration is not None and not upcycle_split:
@@ -148,7 +146,27 @@ def convert(
     if public and upload is None:
         raise UserError("--public is about the repository of --upload; name one")
     max_shard_bytes = parse_size(max_shard_size, "--max-shard-size")
-    _check_recipe(quantize)
+    if to is not To.GGUF:
+        gguf_only = {"--imatrix": imatrix, "--clip-layout": clip_layout}
+        if given := [name for name, value in gguf_only.items() if value is not None]:
+            raise UserError(f"{given[0]} is about files for llama.cpp; add --to gguf, or leave it out")
+    if to is To.GGUF_LORA:
+        not_lora = {
+            "--quantize": quantize, "--upcycle": upcycle, "--router-rank": router_rank, "--preset": preset,
+            "--vision": vision, "--template": template, "--image-tokens": image_tokens, "--upload": upload,
+            "--scale-image-features": scale_image_features,
+        }  # fmt: skip
+        _write_lora(source, base, out, not_lora, dtype=dtype, force=force, as_json=as_json)
+        return
+    gguf = None
+    if to is To.GGUF:
+        if dtype is not None:
+            raise UserError("--dtype is of a model folder; a GGUF file has --quantize F16, BF16 or F32")
+        from gm_mlx.cli.gguf_output import plan_gguf
+
+        gguf = plan_gguf(quantize, imatrix, clip_layout.value if clip_layout else None)
+    else:
+        check_recipe(quantize)
     # Heavy imports only now: a misspelt option is told at once.
     from gm_mlx.convert.card import count, model_card, num_parameters
     from gm_mlx.convert.provenance import sha256, source_files, sources
@@ -175,7 +193,7 @@ def convert(
         opened = Opened(random_model(preset, seed or 0, dtype), preset, {}, {})
     else:
         assert source is not None
-        opened = _open(source, vision, base, template, scale_image_features)
+        opened = open_source(source, vision, base, template, scale_image_features)
         check_out(out, force=force, sources=opened.folders.values())
     if image_tokens is not None:
         from gm_mlx.convert.image_tokens import set_image_tokens
@@ -183,45 +201,53 @@ def convert(
         opened.translation = set_image_tokens(opened.translation, image_tokens)
     made = opened.translation
     with progress.waiting("prepare"):
-        changed = _change(opened, moe, upcycle_split, router_rank, quantize, dtype)
-    agreement = None
+        changed = change(opened, moe, upcycle_split, router_rank, None if gguf else quantize, dtype)
+    agreed = None
     if upcycle_split and samples:
         with progress.waiting("reference"):
-            agreement = _agreement(made, changed, calibration, samples, progress)
-        changed.gm["upcycle"]["agreement"] = agreement.to_dict()
+            agreed = agreement(made, changed, calibration, samples, progress)
+        changed.gm["upcycle"]["agreement"] = agreed.to_dict()
     for line in changed.notes:
         note(line)
     with progress.waiting("hash"):
         hashes = sha256(source_files(opened.folders.values(), made.files), progress)
         changed.gm["sources"] = sources(opened.names, opened.folders, hashes)
     with progress.waiting("write"):
-        write_model_folder(
-            out,
-            changed.config,
-            changed.tensors,
-            processor=made.processor,
-            gm=changed.gm,
-            card=model_card(out.resolve().name, changed.config, changed.gm, opened.folders.get("checkpoint")),
-            quantization=changed.table,
-            dtype=changed.dtype,
-            force=force,
-            max_shard_bytes=max_shard_bytes,
-            extra_files=licences(*opened.folders.values()),
-            progress=progress,
-        )
+        if gguf is not None:
+            from gm_mlx.cli.gguf_output import write_gguf_form
+
+            more = write_gguf_form(out, opened, changed, gguf, force=force, progress=progress)
+        else:
+            more = []
+            write_model_folder(
+                out,
+                changed.config,
+                changed.tensors,
+                processor=made.processor,
+                gm=changed.gm,
+                card=model_card(out.resolve().name, changed.config, changed.gm, opened.folders.get("checkpoint")),
+                quantization=changed.table,
+                dtype=changed.dtype,
+                force=force,
+                max_shard_bytes=max_shard_bytes,
+                extra_files=licences(*opened.folders.values()),
+                progress=progress,
+            )
+    for line in more:
+        note(line)
     url = upload_folder(out, upload, public=public) if upload is not None else None
 
     total, active = num_parameters(changed.config)
     facts = {
         "out": str(out),
         "source": opened.name,
-        "bytes": sum(file.stat().st_size for file in out.glob("*.safetensors")),
+        "bytes": sum(file.stat().st_size for pattern in WEIGHTS for file in out.glob(pattern)),
         "parameters": total,
         "active_parameters": active,
         "recipe": quantize,
         "routers": changed.gm.get("routers"),
         "upcycle": changed.gm.get("upcycle"),
-        "notes": changed.notes,
+        "notes": changed.notes + more,
         "seconds": round(perf_counter() - began, 2),
         "url": url,
     }
@@ -230,120 +256,40 @@ def convert(
         return
     print(f"{out}: {size(facts['bytes'])}, {8 * facts['bytes'] / total:.2f} bits per weight, {facts['seconds']:.0f} s")
     print(f"{count(total)} parameters, of which {count(active)} work on a token")
-    if agreement is not None:
+    if agreed is not None:
         print(
-            f"against the dense model, on {samples} prompts: KL divergence {agreement.kl:.3g} nats, the same next "
-            f"token {agreement.top1:.1%}"
+            f"against the dense model, on {samples} prompts: KL divergence {agreed.kl:.3g} nats, the same next token "
+            f"{agreed.top1:.1%}"
         )
     if url:
         print(url)
-    print(f'try it: gm-mlx chat --model {out} --image FILE --prompt "What is this?"')
+    model = out / "model.gguf" if gguf else out
+    print(f'try it: gm-mlx chat --model {model} --image FILE --prompt "What is this?"')
 
 
-def _refuse(options: Mapping[str, Any], why: str) -> None:
-    """Refuses options that have been given where they have no meaning."""
-    if given := [name for name, value in options.items() if value is not None]:
-        raise UserError(f"{given[0]} is about PyTorch checkpoints; leave it out {why}")
-
-
-def _check_recipe(name: str | None) -> None:
-    if name is None:
-        return
-    from gm_mlx.quant.recipes import find_recipe
-
-    if find_recipe(name).calibrated:
-        raise UserError(
-            f"--quantize {name}: looks at calibration data; convert without it first, and then run `gm-mlx quantize "
-            f"OUT -o OUT2 --recipe {name}`"
-        )
-
-
-def _open(
-    source: str, vision: str | None, base: str | None, template: str | None, scale_image_features: bool | None
-) -> Opened:
-    """Finds a checkpoint or a model folder, and what it lacks."""
-    from gm_mlx.convert.source import is_model_folder, reopen
+def _write_lora(
+    adapter: str | None,
+    base: str | None,
+    out: Path,
+    refused: Mapping[str, object],
+    *,
+    dtype: str | None,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """``--to gguf-lora``: a LoRA adapter for a GGUF file of its base."""
+    if given := [name for name, value in refused.items() if value is not None]:
+        raise UserError(f"{given[0]} is about models; leave it out with --to gguf-lora")
+    if adapter is None or base is None:
+        raise UserError("--to gguf-lora needs the adapter's folder as SOURCE, and --base with the model that it is for")
+    from gm_mlx.convert.to_gguf.lora import convert_adapter
     from gm_mlx.hub import BUILT_IN, find_checkpoint, find_model
 
-    folder = find_model() if source == BUILT_IN and not Path(source).is_dir() else find_checkpoint(source)
-    if is_model_folder(folder):
-        checkpoint_only = {"--vision": vision, "--base": base, "--scale-image-features": scale_image_features}
-        _refuse(checkpoint_only, f"with {source}, which is a gm-mlx model already")
-        return Opened(reopen(folder, template=template), source, {"checkpoint": folder}, {"checkpoint": source})
-    from gm_mlx.convert.checkpoint import open_checkpoint
-    from gm_mlx.convert.towers import missing_tower
-    from gm_mlx.convert.translate import translate
-
-    checkpoint = open_checkpoint(folder)
-    names = {"checkpoint": source}
-    folders = {"checkpoint": folder}
-    if base is not None:
-        names["base"], folders["base"] = base, find_checkpoint(base)
-    if vision is not None:
-        names["vision"], folders["vision"] = vision, find_checkpoint(vision)
-    elif tower := missing_tower(checkpoint):
-        try:
-            names["vision"], folders["vision"] = tower, find_checkpoint(tower)
-        except UserError as error:
-            raise UserError(f"{error}; it is the vision tower of {source}: --vision takes a folder with it") from None
-    translation = translate(
-        checkpoint,
-        vision=folders.get("vision"),
-        base=folders.get("base"),
-        template=template,
-        scale_image_features=scale_image_features,
-    )
-    return Opened(translation, source, folders, names)
-
-
-def _change(
-    opened: Opened,
-    moe: MoEConfig | None,
-    split: bool,
-    router_rank: int | None,
-    recipe: str | None,
-    dtype: str | None,
-) -> Changed:
-    """Does what is asked for with a model, in the order in which one thing needs the other."""
-    made = opened.translation
-    config, tensors, table = made.config, made.tensors, None
-    gm: dict[str, Any] = {**made.provenance, "made_by": f"gm-mlx {__version__}"}
-    notes = list(made.notes)
-    if config.extra.get("quantization") is not None and (recipe or moe):
-        option = "--quantize" if recipe else "--upcycle"
-        raise UserError(f"{opened.name}: is quantized, which {option} cannot start from; take what it was made from")
-    if moe is not None:
-        from gm_mlx.convert.upcycle import upcycle
-
-        config, tensors = upcycle(config, tensors, moe, split=split)
-        gm["upcycle"] = {**asdict(moe), "from": "parts of dense FFNs" if split else "copies of dense FFNs"}
-    if router_rank is not None:
-        from gm_mlx.quant.low_rank import low_rank_routers
-
-        config, tensors, report = low_rank_routers(config, tensors, router_rank)
-        gm["routers"] = report.to_dict()
-    if recipe is not None:
-        from gm_mlx.quant.build import file_dtype
-        from gm_mlx.quant.recipes import find_recipe, plan
-
-        chosen = plan(config, recipe)
-        table, dtype = chosen.table, dtype or file_dtype(tensors)
-        gm["quantization"] = {"recipe": recipe, "summary": find_recipe(recipe).summary}
-        notes += [f"{path} {what}" for path, what in chosen.adjusted.items()]
-    if dtype is not None:
-        gm["dtype"] = str(dtype)
-    return Changed(config, tensors, table, dtype, {**gm, "notes": notes}, notes)
-
-
-def _agreement(
-    dense: Translation, split: Changed, calibration: Path | None, samples: int, progress: Progress
-) -> Agreement:
-    """Measures what splitting costs before any training; one of the two models is in memory at a time."""
-    from gm_mlx.quant.build import build_model
-    from gm_mlx.quant.calibration import load_samples
-    from gm_mlx.quant.evaluate import compare, record
-
-    with TemporaryDirectory(prefix="gm-mlx-") as folder:
-        prompts = load_samples(calibration, samples)
-        record(build_model(dense.config, dense.tensors), dense.processor, prompts, Path(folder), progress)
-        return compare(build_model(split.config, split.tensors), Path(folder), progress)
+    under = Path(base) if base.endswith(".gguf") else find_model() if base == BUILT_IN else find_checkpoint(base)
+    progress = Progress()
+    with progress.waiting("write"):
+        notes = convert_adapter(find_checkpoint(adapter), under, out, dtype=dtype, force=force, progress=progress)
+    for line in notes:
+        note(line)
+    facts = {"out": str(out), "adapter": adapter, "base": base, "bytes": out.stat().st_size, "notes": notes}
+    print(json.dumps(facts) if as_json else f"{out}: {size(facts['bytes'])}")

@@ -11,9 +11,11 @@ from typing import Annotated
 import typer
 
 from gm_mlx import __version__
+from gm_mlx.cli.bench import bench
 from gm_mlx.cli.chat import chat
 from gm_mlx.cli.console import Debug, one_line, say
 from gm_mlx.cli.convert import convert
+from gm_mlx.cli.imatrix import imatrix
 from gm_mlx.cli.info import info
 from gm_mlx.cli.quantize import quantize
 from gm_mlx.cli.verify import verify
@@ -50,8 +52,10 @@ def gm_mlx(
         print(context.get_help())
 
 
+app.command()(bench)
 app.command()(chat)
 app.command()(convert)
+app.command()(imatrix)
 app.command()(info)
 app.command()(quantize)
 app.command()(verify)

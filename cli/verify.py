@@ -13,7 +13,7 @@ from gm_mlx.errors import UserError
 
 if TYPE_CHECKING:
     from gm_mlx.compare import Comparison
-    from gm_mlx.stages import Question
+    from gm_mlx.stages import Question, Side
 
 SAMPLES = 2
 QUESTION = "Describe the image in one sentence."
@@ -21,7 +21,9 @@ DIFFERENT = 1  # exit code
 
 
 def verify(
-    a: Annotated[str, typer.Argument(metavar="A", help="The reference: a model folder, a name, or a PyTorch LLaVA.")],
+    a: Annotated[
+        str, typer.Argument(metavar="A", help="The reference: a model folder, a name, a GGUF file, or a PyTorch LLaVA.")
+    ],
     b: Annotated[str, typer.Argument(metavar="B", help="The model that is compared with it.")],
     image: Annotated[
         list[str] | None, typer.Option("--image", "-i", metavar="FILE", help="Ask about this image; repeat for more.")
@@ -50,10 +52,8 @@ def verify(
     progress = Progress()
     with progress.waiting("Comparing the models"):
         from gm_mlx.compare import compare
-        from gm_mlx.hub import find_model
-        from gm_mlx.torch_side import open_side
 
-        sides = [open_side(name, find_model(name)) for name in (a, b)]
+        sides = [_side(name) for name in (a, b)]
         outcome = compare(
             sides[0],
             sides[1],
@@ -67,6 +67,22 @@ def verify(
         _show(outcome)
     if not outcome.agrees:
         raise typer.Exit(DIFFERENT)
+
+
+def _side(name: str) -> Side:
+    """A model by the name that a user gives it, in any form."""
+    from gm_mlx.gguf_files import find_gguf
+    from gm_mlx.hub import find_model
+    from gm_mlx.torch_side import open_side
+
+    files = find_gguf(name)
+    if files is None:
+        return open_side(name, find_model(name))
+    if files.mmproj is None:
+        raise UserError(f"{name}: has no vision model beside it; name a file whose mmproj.gguf is in the same folder")
+    from gm_mlx.llama.side import GGUFSide
+
+    return GGUFSide(name, files.model, files.mmproj)
 
 
 def _questions(files: list[str], prompt: str | None, samples: int) -> list[Question]:
@@ -116,7 +132,7 @@ def _show(outcome: Comparison) -> None:
         table.add_row(each.stage, f"{each.error:.2g}", cosine, limit, mark, style=None if each.passes else "bold")
     console.print(table)
     for stage, reason in outcome.skipped.items():
-        note(f"{stage}: not compared; {reason}")
+        note(f"{stage}: {reason}")
     if outcome.routing:
         print("\nTokens that go to the same first expert, and to the same experts:")
         for layer in outcome.routing:

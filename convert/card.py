@@ -13,7 +13,7 @@ from gm_mlx.inventory import model_layers
 
 # Lines of a source's card that hold for what is made from it too.
 KEPT = re.compile(r"(?:license|license_name|license_link|language): *\S.*")
-TAGS = ("mlx", "gm-mlx", "vision-language", "visual-question-answering")
+TAGS = ("vision-language", "visual-question-answering")
 
 
 def num_parameters(config: ModelConfig) -> tuple[int, int]:
@@ -27,7 +27,31 @@ def count(number: int) -> str:
     return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.2f} M"
 
 
-def model_card(name: str, config: ModelConfig, gm: Mapping[str, Any], folder: Path | None = None) -> str:
+FOLDER_USE = """\
+```
+pip install gm-mlx
+gm-mlx chat --model {name} --image photo.jpg --prompt "What is this?"
+```
+
+`--model` takes this folder's path, or the name of the repository that it lies in."""
+GGUF_USE = """\
+```
+llama-mtmd-cli -m model.gguf --mmproj mmproj.gguf --image photo.jpg -p "What is this?"
+```
+
+Any program that is built on llama.cpp and takes a vision file (`mmproj`) runs it, and so does gm-mlx:
+`pip install 'gm-mlx[gguf]'`, then `gm-mlx chat --model {name}/model.gguf --image photo.jpg`."""
+
+
+def model_card(
+    name: str,
+    config: ModelConfig,
+    gm: Mapping[str, Any],
+    folder: Path | None = None,
+    *,
+    library: str = "gm-mlx",
+    use: str = FOLDER_USE,
+) -> str:
     """The text of README.md, with Hugging Face's metadata on top.
 
     Args:
@@ -35,6 +59,8 @@ def model_card(name: str, config: ModelConfig, gm: Mapping[str, Any], folder: Pa
         config: its config.
         gm: what its ``gm.json`` says.
         folder: the source, whose own card tells licence and language; or None.
+        library: what the files are for, by Hugging Face's name.
+        use: how to run it, with ``{name}`` where the model's name belongs.
     """
     text, moe, vision = config.text_config, config.text_config.moe, config.vision_config
     sources = gm.get("sources", {})
@@ -60,13 +86,12 @@ def model_card(name: str, config: ModelConfig, gm: Mapping[str, Any], folder: Pa
     if "preset" in gm and not sources:
         origin = f"Its weights are random, in the shape of {gm['preset']}: it talks nonsense. Made by"
     parts = [
-        "\n".join(["---", *_metadata(checkpoint, folder), "---"]),
+        "\n".join(["---", *_metadata(checkpoint, folder, library), "---"]),
         f"# {name}",
         f"A {kind} vision-language model for gm-mlx. {origin} gm-mlx {__version__}.",
         "\n".join(["|  |  |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items() if value)]),
         "## Use",
-        f'```\npip install gm-mlx\ngm-mlx chat --model {name} --image photo.jpg --prompt "What is this?"\n```',
-        "`--model` takes this folder's path, or the name of the repository that it lies in.",
+        use.format(name=name),
     ]
     if notes := gm.get("notes"):
         parts += ["## Notes", "\n".join(f"- {note}" for note in notes)]
@@ -75,11 +100,17 @@ def model_card(name: str, config: ModelConfig, gm: Mapping[str, Any], folder: Pa
     return "\n\n".join(parts) + "\n"
 
 
-def _metadata(checkpoint: Mapping[str, Any], folder: Path | None) -> list[str]:
-    lines = ["library_name: gm-mlx", "pipeline_tag: image-text-to-text"]
+def licence_of(folder: Path | None) -> str | None:
+    """The licence that a source's card names, or None."""
+    lines = (line.partition(":") for line in _kept_metadata(folder))
+    return next((value.strip() for key, _, value in lines if key == "license"), None)
+
+
+def _metadata(checkpoint: Mapping[str, Any], folder: Path | None, library: str) -> list[str]:
+    lines = [f"library_name: {library}", "pipeline_tag: image-text-to-text"]
     if "revision" in checkpoint:
         lines.append(f"base_model: {checkpoint['name']}")
-    return [*lines, *_kept_metadata(folder), "tags:", *(f"- {tag}" for tag in TAGS)]
+    return [*lines, *_kept_metadata(folder), "tags:", *(f"- {tag}" for tag in (library, *TAGS))]
 
 
 def _kept_metadata(folder: Path | None) -> list[str]:

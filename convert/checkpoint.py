@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 from gm_mlx.convert.torch_pickle import open_torch
 from gm_mlx.errors import UserError
+from gm_mlx.lora.peft import LORA_CONFIG
 from gm_mlx.tensors import Tensor, open_safetensors
 
 
@@ -32,7 +33,7 @@ class Checkpoint:
 
     Attributes:
         folder: the folder.
-        config: its ``config.json``.
+        config: its ``config.json``; empty for an adapter without one.
         tensors: the full weights by their own names; empty in stage-1 and LoRA folders.
         files: the tensor files that are used, of all roles.
         projector: the tensors of ``mm_projector.bin``, where there are no full weights.
@@ -109,7 +110,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """Find the tensors of a checkpoint without reading them.
 
     Args:
-        folder: a folder with ``config.json`` and PyTorch or safetensors weights.
+        folder: a folder with ``config.json``, or an adapter's own, and PyTorch or safetensors weights.
 
     Returns:
         The checkpoint. Safetensors win over PyTorch's own files, and shards with an index over a single file.
@@ -130,7 +131,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             f"{folder / experts[0]}: experts in files of their own (expert parallelism of DeepSpeed) are not "
             "supported; save the model with ep_size 1"
         )
-    config = _read_json(folder / "config.json", "a checkpoint has a config.json; copy it from the model's source")
+    config: dict[str, Any] = {}
+    # Peft saves adapters without the model's config, LLaVA with it.
+    if "config.json" in names or LORA_CONFIG not in names:
+        config = _read_json(folder / "config.json", "a checkpoint has a config.json; copy it from the model's source")
     checkpoint = Checkpoint(folder, config, {}, [])
     for entry in FORMATS:
         if files := _weight_files(folder, entry, names):
@@ -256,7 +260,7 @@ def _add_adapter(checkpoint: Checkpoint, names: list[str]) -> None:
                 "move the one that is not meant out of the folder"
             )
         remedy = "an adapter has one, which says how strong it is; copy it from where the adapter was trained"
-        checkpoint.adapter_config = _read_json(folder / "adapter_config.json", remedy)
+        checkpoint.adapter_config = _read_json(folder / LORA_CONFIG, remedy)
         checkpoint.adapter = opened([folder / name])
         checkpoint.files.append(folder / name)
         return

@@ -6,7 +6,6 @@ sparse and how many experts there are, but not how many a token goes to.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,9 +15,8 @@ from gm_mlx.config import LAYER_MODES
 from gm_mlx.convert.text_config import LAYER
 from gm_mlx.convert.values import Values
 from gm_mlx.errors import UserError
+from gm_mlx.source_names import EXPERT
 from gm_mlx.tensors import Tensor
-
-EXPERT = re.compile(r"(.*\.mlp)\.experts\.(\d+)\.(.*)")
 
 
 def moe_config(

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from gm_mlx.convert.checkpoint import Checkpoint, open_checkpoint
-from gm_mlx.convert.layouts.layout import Layout, renamed
+from gm_mlx.convert.layouts.layout import Layout
 from gm_mlx.convert.layouts.towers import CLIP, FAMILIES, HF_LLAVA_DEFAULT, KNOWN_TOWERS, NAMES, STORED, UNUSED
 from gm_mlx.convert.values import Values
 from gm_mlx.errors import UserError
+from gm_mlx.source_names import renamed
 from gm_mlx.tensors import Tensor
 
 TOWER_NAME = re.compile(r"(?:.*\.)?(?:vision|image)_tower\..*")

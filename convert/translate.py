@@ -21,7 +21,7 @@ from gm_mlx.convert.checkpoint import Checkpoint, open_checkpoint
 from gm_mlx.convert.experts import moe_config, stack_experts
 from gm_mlx.convert.layouts import LAYOUTS
 from gm_mlx.convert.layouts.decoders import GEMMA, Decoder
-from gm_mlx.convert.layouts.layout import Layout, renamed
+from gm_mlx.convert.layouts.layout import Layout
 from gm_mlx.convert.layouts.towers import STORED
 from gm_mlx.convert.lora import merge_lora
 from gm_mlx.convert.preparation import choose_template, find_tokenizer, image_config, image_token, make_processor
@@ -30,6 +30,7 @@ from gm_mlx.convert.towers import find_tower, used_tensors
 from gm_mlx.convert.values import Values
 from gm_mlx.errors import UserError
 from gm_mlx.processor import Processor
+from gm_mlx.source_names import renamed
 from gm_mlx.tensors import Tensor
 from gm_mlx.weights import unread_model
 

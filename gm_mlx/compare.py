@@ -75,7 +75,7 @@ class Comparison:
         stages: every stage that both models have, in the order of computation.
         routing: every layer that is sparse in both with as many experts per token.
         answers: one for each question.
-        skipped: stages that were not compared, and why.
+        skipped: stages that were not compared, or are not judged, and why.
     """
 
     tolerance: float
@@ -139,16 +139,21 @@ def compare(
                 found.setdefault("pixels", []).append(difference(first.pixels, second.pixels))
             found.setdefault("ids", []).append((_ids_apart(first.ids, second.ids), None))
     else:
-        skipped = dict.fromkeys(PREPROCESSING, "one side is a PyTorch model and was given the other's")
+        skipped = dict.fromkeys(PREPROCESSING, "not compared: one side is a PyTorch model and was given the other's")
+    caveats = {**a.caveats, **b.caveats}
     for one, other in zip(traces_a, traces_b, strict=True):
+        if hidden := one.stages.keys() ^ other.stages.keys():
+            skipped["what lies between"] = f"{len(hidden)} stages are not compared: one side does not show them"
         for stage, value in one.stages.items():
+            if stage not in other.stages:
+                continue
             if value.shape != other.stages[stage].shape:
                 raise UserError(f"{stage}: {value.shape} and {other.stages[stage].shape}; not two forms of one model")
             found.setdefault(stage, []).append(difference(value, other.stages[stage]))
 
     stages = []
     for stage in sorted(found, key=list(_order(found)).index):
-        judged = not quantized or stage in (*PREPROCESSING, "logits")
+        judged = stage not in caveats and (not quantized or stage in (*PREPROCESSING, "logits"))
         limit = 0.0 if stage == "ids" else EXACT_TOLERANCE if stage == "pixels" else tolerance if judged else None
         cosines = [cosine for _, cosine in found[stage] if cosine is not None]
         stages.append(Difference(stage, max(e for e, _ in found[stage]), min(cosines, default=None), limit))
@@ -156,6 +161,7 @@ def compare(
         _answers(processors[0], question.prompt, one.answer, other.answer)
         for question, one, other in zip(questions, traces_a, traces_b, strict=True)
     ]
+    skipped |= {stage: why for stage, why in caveats.items() if stage in found}
     return Comparison(tolerance, stages, _routing(traces_a, traces_b), answers, skipped)
 
 

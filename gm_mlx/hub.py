@@ -9,12 +9,17 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
+from typing import TypeVar
 
 from gm_mlx.errors import UserError
 
+Answer = TypeVar("Answer")
+
 BUILT_IN = "gm-tiny"
+BUILT_IN_GGUF = "gm-tiny-gguf"  # the same for llama.cpp
 FETCHED = ("*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja")
 # Of a checkpoint: weights under the names that converters read, so that copies in other formats stay where they are.
 FETCHED_SOURCE = (
@@ -43,10 +48,10 @@ def find_model(name: str | None = None) -> Path:
         UserError: there is no such model, or it cannot be fetched.
     """
     if name is None or name == BUILT_IN:
-        return _built_in()
+        return built_in()
     path = Path(os.path.expanduser(name))
     if path.suffix == ".gguf":
-        raise UserError(f"{name}: GGUF files are not supported by this version of gm-mlx; name a model folder")
+        raise UserError(f"{name}: a GGUF file where a model folder is needed; name the folder that it was made from")
     if name and path.is_dir():
         return path
     if path.is_file():
@@ -55,7 +60,7 @@ def find_model(name: str | None = None) -> Path:
         raise UserError(
             f"{name}: no such folder; name a model folder, a Hugging Face repository (org/name) or {BUILT_IN!r}"
         )
-    return _fetch(name, FETCHED)
+    return fetch(name, FETCHED)
 
 
 def find_checkpoint(name: str) -> Path:
@@ -80,9 +85,9 @@ def find_checkpoint(name: str) -> Path:
         raise UserError(f"{name}: a file, not a checkpoint; name the folder that has the config.json")
     if not REPO_ID.fullmatch(name):
         raise UserError(f"{name}: no such folder; name a checkpoint's folder or a Hugging Face repository (org/name)")
-    folder = _fetch(name, FETCHED_SOURCE)
+    folder = fetch(name, FETCHED_SOURCE)
     if not any(folder.glob("model*.safetensors")):
-        folder = _fetch(name, FETCHED_SOURCE + FETCHED_PICKLES)
+        folder = fetch(name, FETCHED_SOURCE + FETCHED_PICKLES)
     if not any(SOURCE_WEIGHTS.fullmatch(entry.name) for entry in folder.iterdir()):
         from huggingface_hub import constants
 
@@ -96,19 +101,42 @@ def find_checkpoint(name: str) -> Path:
     return folder
 
 
-def _built_in() -> Path:
-    folder = Path(str(resources.files("gm_mlx"))) / "models" / BUILT_IN
+def built_in(name: str = BUILT_IN) -> Path:
+    """The folder of a model in the box; raises ``UserError`` if this installation lacks it."""
+    folder = Path(str(resources.files("gm_mlx"))) / "models" / name
     if not folder.is_dir():
         raise UserError(f"{folder}: this installation lacks the built-in model; install gm-mlx again or name a model")
     return folder
 
 
-def _fetch(repo: str, patterns: tuple[str, ...]) -> Path:
+def fetch(repo: str, patterns: tuple[str, ...]) -> Path:
     """Download files of a repository, or take them from the cache; an interrupted download goes on where it stopped."""
-    from huggingface_hub import constants, errors, snapshot_download
+    from huggingface_hub import snapshot_download
+
+    return Path(_asked(repo, lambda: snapshot_download(repo, allow_patterns=list(patterns))))
+
+
+def repository_files(repo: str) -> list[str]:
+    """Names of all files of a repository; without a network, of those in the local cache."""
+    from huggingface_hub import HfApi, constants
+
+    if not constants.HF_HUB_OFFLINE:
+        try:
+            return _asked(repo, lambda: HfApi(endpoint=constants.ENDPOINT).list_repo_files(repo))
+        except UserError:
+            if not (folder := fetch(repo, ())).is_dir():
+                raise
+    else:
+        folder = fetch(repo, ())
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+
+
+def _asked(repo: str, ask: Callable[[], Answer]) -> Answer:
+    """What the hub's client answers; all that it can raise as a ``UserError``."""
+    from huggingface_hub import constants, errors
 
     try:
-        return Path(snapshot_download(repo, allow_patterns=list(patterns)))
+        return ask()
     except errors.GatedRepoError:
         raise UserError(f"{repo}: asks for an agreement; accept it on its page and run `hf auth login`") from None
     except errors.RepositoryNotFoundError:

@@ -13,7 +13,8 @@ import hashlib
 import io
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -127,13 +128,33 @@ def load_image(source: ImageSource, *, exif: bool = True, scale_16bit: bool = Fa
         UserError: The file is missing, empty, a folder, no image, damaged or cut short, or too large: more than
             ``MAX_PIXELS`` pixels or a side above ``MAX_SIDE``, which is seen in its header before anything is decoded.
     """
+    with _opened(source) as (image, name):
+        return _decode(image, name, exif, scale_16bit)
+
+
+def image_size(source: ImageSource) -> tuple[int, int]:
+    """Returns an image's width and height from its header, without decoding it.
+
+    Raises:
+        UserError: As for ``load_image``, but for damage behind the header.
+    """
+    with _opened(source) as (image, name):
+        _check_size(image, name)
+        return image.size
+
+
+@contextmanager
+def _opened(source: ImageSource) -> Iterator[tuple[Image.Image, str]]:
+    """An image of which only the header is read, and what messages call it."""
     if isinstance(source, Image.Image):
-        return _decode(source, "image", exif, scale_16bit)
+        yield source, "image"
+        return
     if isinstance(source, bytes):
         if not source:
             raise UserError("image data: 0 bytes; give the content of an image file")
         with _open(io.BytesIO(source), "image data") as image:
-            return _decode(image, "image data", exif, scale_16bit)
+            yield image, "image data"
+        return
     path = Path(os.path.expanduser(source))
     try:
         if path.is_dir():
@@ -141,7 +162,7 @@ def load_image(source: ImageSource, *, exif: bool = True, scale_16bit: bool = Fa
         if not path.stat().st_size:
             raise UserError(f"{source}: the file is empty (0 bytes); copy or download it again")
         with path.open("rb") as file, _open(file, str(source)) as image:
-            return _decode(image, str(source), exif, scale_16bit)
+            yield image, str(source)
     except FileNotFoundError as error:
         raise UserError(f"{source}: no such file; check the path") from error
     except (OSError, ValueError) as error:  # no permission, a name that no file can have
@@ -169,12 +190,16 @@ _TOO_LARGE = (
 _DAMAGED = "the image is damaged, cut short or of a rare kind ({}); copy it again or convert it to PNG"
 
 
-def _decode(image: Image.Image, name: str, exif: bool, scale_16bit: bool) -> Image.Image:
+def _check_size(image: Image.Image, name: str) -> None:
     width, height = image.size
     if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
         raise UserError(f"{name}: {_TOO_LARGE} (it is {width}x{height})")
     if not width or not height:
         raise UserError(f"{name}: the image has no pixels ({width}x{height}); choose another")
+
+
+def _decode(image: Image.Image, name: str, exif: bool, scale_16bit: bool) -> Image.Image:
+    _check_size(image, name)
     try:
         image.load()
         if exif and image.getexif().get(_ORIENTATION, 1) != 1:
@@ -217,11 +242,32 @@ def preprocess(image: Image.Image, config: ImageConfig) -> np.ndarray:
     Returns:
         float32 [size, size, 3], channels last as MLX's convolutions take them.
     """
-    square = np.asarray(_FIT[config.mode](image, config))  # [size, size, 3] uint8
+    return normalize(square(image, config), config)
+
+
+def normalize(pixels: np.ndarray, config: ImageConfig) -> np.ndarray:
+    """Normalizes 8-bit pixels.
+
+    Args:
+        pixels: uint8 [..., 3], as ``square`` returns them.
+        config: The model's image configuration.
+
+    Returns:
+        float32 of the same shape.
+    """
     # There are 256 levels, so normalizing is a table. The order of operations and types is Hugging Face's.
     levels = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)[:, None]
     table = (levels - np.array(config.mean, np.float32)) / np.array(config.std, np.float32)  # [256, 3]
-    return table[square, np.arange(3)]
+    return table[pixels, np.arange(3)]
+
+
+def square(image: Image.Image, config: ImageConfig) -> np.ndarray:
+    """Cuts, pads or stretches an RGB image to the square that a vision tower reads, before it is normalized.
+
+    Returns:
+        uint8 [size, size, 3].
+    """
+    return np.asarray(_FIT[config.mode](image, config))
 
 
 def _stretch(image: Image.Image, config: ImageConfig) -> Image.Image:

@@ -11,7 +11,6 @@ what it can build on.
 
 from __future__ import annotations
 
-import json
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -26,6 +25,7 @@ from gm_mlx.engine import GREEDY, Piece, Progress, Sampling, Stats
 from gm_mlx.errors import UserError
 from gm_mlx.generate import decode, make_cache, prefill, trim_cache
 from gm_mlx.images import image_hash
+from gm_mlx.notice import ImageNotice
 from gm_mlx.prefix import Key, prompt_keys, reusable
 from gm_mlx.processor import Processor
 from gm_mlx.router import Routing
@@ -89,7 +89,8 @@ class MLXEngine:
         self._progress = progress or (lambda phase, done, total: None)
         self._features: OrderedDict[str, mx.array] = OrderedDict()
         self.reset()
-        self._pending_notices, self._image_notice = self._find_notices(folder)
+        self._image_notice = ImageNotice.from_folder(folder)
+        self._pending_notices = self._find_notices()
         _set_up_backend()
         _read_weights(self._model, self._progress)
 
@@ -123,12 +124,7 @@ class MLXEngine:
     def notices(self, images: Sequence[Image] = ()) -> list[str]:
         """See ``Engine.notices``."""
         lines, self._pending_notices = self._pending_notices, []
-        if self._image_notice is not None:
-            text, side = self._image_notice
-            if any(max(image.size) >= side for image in images):
-                lines.append(text)
-                self._image_notice = None
-        return lines
+        return lines + self._image_notice.lines(images)
 
     def reset(self) -> None:
         """Forget the last conversation; image features are kept."""
@@ -243,19 +239,11 @@ class MLXEngine:
             self._features.popitem(last=False)
         return features
 
-    def _find_notices(self, folder: Path) -> tuple[list[str], tuple[str, int] | None]:
-        """What to tell the user at once, and what with the first image of a certain size (``gm.json``, "notice")."""
-        pending = []
+    def _find_notices(self) -> list[str]:
+        """What to tell the user at once."""
         if runs_on_cpu() and (count := num_parameters(self._model)) > SLOW_ON_CPU:
-            pending.append(SLOW_NOTICE.format(model=self.model, billions=count / 1e9))
-        path = folder / "gm.json"
-        if not path.is_file():
-            return pending, None
-        try:
-            notice = json.loads(path.read_bytes()).get("notice")
-            return pending, notice and (str(notice["text"]), int(notice["min_image_side"]))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{path}: notice: needs text and min_image_side; correct it or take it out") from None
+            return [SLOW_NOTICE.format(model=self.model, billions=count / 1e9)]
+        return []
 
 
 def _check_processor(folder: Path, processor: Processor, model: Model) -> None:

@@ -155,7 +155,7 @@ def _lock(folder: Path) -> int | None:
 
 
 def _is_model(folder: Path) -> bool:
-    """Whether a folder is one that this program writes: for MLX, or for llama.cpp with a ``gm.json`` beside the file."""
+    """Whether a folder is one that this program writes, for MLX or for llama.cpp."""
     if (folder / "gm.json").is_file() and (folder / "model.gguf").is_file():
         return True
     try:

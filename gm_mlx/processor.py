@@ -116,7 +116,9 @@ class Processor:
         """Writes ``processor_config.json``, ``chat_template.jinja`` and the tokenizer's files; makes the folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG_FILE).write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (folder / CONFIG_FILE).write_text(
+            json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
         (folder / JINJA_FILE).write_text(to_jinja(self.template), encoding="utf-8")
         self.tokenizer.save(folder)
 

@@ -6,7 +6,7 @@ its model, runs it and lets it go, so that two of them need the memory of one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -88,10 +88,12 @@ class Trace:
 class Side(Protocol):
     """One of the two models; nothing large is in memory before ``run`` and after it.
 
-    ``config`` is None where only the model itself can tell, ``processor`` where the other side's is used.
+    ``config`` is None where only the model itself can tell, ``processor`` where the other side's is used. ``caveats``
+    says of which stages it is known that they differ, and why.
     """
 
     name: str
+    caveats: Mapping[str, str]
 
     @property
     def config(self) -> ModelConfig | None: ...
@@ -104,6 +106,8 @@ class Side(Protocol):
 
 class FolderSide:
     """A gm-mlx model folder, quantized or not."""
+
+    caveats: Mapping[str, str] = {}
 
     def __init__(self, name: str, folder: Path) -> None:
         self.name = name

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import isqrt
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ class TorchSide:
 
     config = None
     processor = None
+    caveats: Mapping[str, str] = {}
 
     def __init__(self, name: str, folder: Path) -> None:
         self.name = name

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gm_mlx.engine import Engine, Piece, Sampling, Stats
+from gm_mlx.errors import UserError
 from gm_mlx.hub import find_model
 
 if TYPE_CHECKING:
@@ -33,20 +34,51 @@ class Answer:
         return self.text
 
 
-def open_engine(model: str | None = None, **options: Any) -> Engine:
-    """Find a model and load it into the engine that runs it.
+# Options of the engine on llama.cpp alone, and of MLX alone, by the names that the command line gives them.
+LLAMA_OPTIONS = {
+    "n_ctx": "--context",
+    "threads": "--threads",
+    "gpu_layers": "--n-gpu-layers",
+    "lora": "--lora",
+    "repack": "--repack",
+}
+MLX_OPTIONS = {"dtype": "dtype", "max_kv_size": "--max-kv-size"}
+
+
+def open_engine(
+    model: str | None = None, *, mmproj: str | None = None, gguf_file: str | None = None, **options: Any
+) -> Engine:
+    """Find a model and load it into the engine that runs it: GGUF files into llama.cpp, model folders into MLX.
 
     Args:
-        model: see ``find_model``.
-        options: passed to the engine; see ``MLXEngine``.
+        model: see ``find_model`` and ``find_gguf``.
+        mmproj: of a GGUF model, the file of its vision model; by default one beside it.
+        gguf_file: which of a folder's or repository's GGUF files, such as "Q8_0".
+        options: passed to the engine; see ``MLXEngine`` and ``LlamaCppEngine``.
 
     Raises:
-        UserError: the model is not found or not sound, or an option is out of range.
+        UserError: the model is not found or not sound, or an option is out of range or for the other engine.
     """
-    folder = find_model(model)
-    from gm_mlx.mlx_engine import MLXEngine
+    from gm_mlx.gguf_files import find_gguf
 
-    return MLXEngine(folder, model_name=model or folder.name, **options)
+    files = find_gguf(model, mmproj, gguf_file)
+    if files is None:
+        _refuse(options, LLAMA_OPTIONS, "GGUF files, and this is a model folder")
+        folder = find_model(model)
+        from gm_mlx.mlx_engine import MLXEngine
+
+        options.pop("show_log", None)
+        return MLXEngine(folder, model_name=model or folder.name, **options)
+    _refuse(options, MLX_OPTIONS, "MLX, and this is a GGUF file")
+    from gm_mlx.llama.engine import LlamaCppEngine
+
+    return LlamaCppEngine(files.model, files.mmproj, model_name=model, **options)
+
+
+def _refuse(options: dict[str, Any], names: dict[str, str], what: str) -> None:
+    for name, option in names.items():
+        if options.get(name) is not None:
+            raise UserError(f"{option} is for {what}; leave it out")
 
 
 def load(model: str | None = None, **options: Any) -> VLM:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gm_mlx  # noqa: F401  isort: skip  # finds BLAS, which must happen before any test imports mlx
+
 import signal
 import sys
 from collections.abc import Iterator
@@ -12,6 +14,14 @@ from hypothesis import HealthCheck, settings
 # How long an example takes depends on what else the machine does, and says nothing about the code.
 settings.register_profile("gm-mlx", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("gm-mlx")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What gm-mlx remembers of files and libraries does not come from the user's home, nor go there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(autouse=True)

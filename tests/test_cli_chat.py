@@ -15,6 +15,7 @@ from typing import Any
 
 import fixtures
 import pytest
+import tiny_gguf
 from fake_engine import FakeEngine, text_of
 from PIL import Image
 
@@ -22,6 +23,7 @@ from gm_mlx import vlm
 from gm_mlx.cli.main import main
 from gm_mlx.engine import Sampling
 from gm_mlx.errors import UserError
+from gm_mlx.llama.binding import LOG, NAMES, library
 
 Engines = list[FakeEngine]
 
@@ -370,3 +372,87 @@ def test_a_real_model_answers(
     assert (report["model"], report["engine"]) == (folder, "mlx")
     assert main([*arguments, "red blue? " * 500]) == 2
     assert "context" in capsys.readouterr().err
+
+
+# GGUF files
+
+
+def test_options_for_gguf_files_reach_the_engine(engines: Engines) -> None:
+    options = ["--mmproj", "v.gguf", "--gguf-file", "Q8_0", "--context", "64", "--threads", "2", "--n-gpu-layers", "0"]
+    assert main(["chat", "--model", "x.gguf", *options, "--debug", "--prompt", "Hi"]) == 0
+    given = {key: value for key, value in engines[0].options.items() if key != "progress"}
+    assert not LOG.shown  # that is the engine's business
+    assert given == {
+        "mmproj": "v.gguf", "gguf_file": "Q8_0", "n_ctx": 64, "threads": 2, "gpu_layers": 0, "show_log": True,
+    }  # fmt: skip
+
+
+def test_a_gguf_file_answers(
+    picture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tiny_gguf.our_folder(tmp_path)[1]
+    monkeypatch.chdir(tmp_path)
+    arguments = ["chat", "--image", picture, "--max-tokens", "5", "--prompt", "red blue?", "--model"]
+    assert main([*arguments, str(folder / "model.gguf"), "--json", "--stats"]) == 0
+    said = capfd.readouterr()
+    report = json.loads(said.out)
+    assert report["engine"] == "llama.cpp" and report["model"] == str(folder / "model.gguf")
+    assert (report["generated_tokens"], report["image_tokens"], report["finish_reason"]) == (5, 4, "length")
+    assert said.err.startswith("first token") and said.err.count("\n") == 1  # llama.cpp itself is silent
+    assert main([*arguments, "gguf"]) == 0
+    assert capfd.readouterr() == (report["answer"] + "\n", "")
+
+
+def _damaged_files(folder: Path) -> dict[str, tuple[list[str], str]]:
+    """Options with files that are wrong in the ways that people meet, and what is said of each."""
+    text, mmproj = tiny_gguf.write_text(folder / "text.gguf"), tiny_gguf.write_mmproj(folder / "v.gguf")
+    content = text.read_bytes()
+    (folder / "cut.gguf").write_bytes(content[: len(content) // 2])
+    (folder / "magic.gguf").write_bytes(b"GGML" + content[4:])
+    (folder / "page.gguf").write_bytes(b"<html>not found</html>" * 20)
+    keys = {key: value for key, value in tiny_gguf.text_keys().items() if key != "llama.block_count"}
+    tiny_gguf.write(folder / "keys.gguf", "llama", keys, {})
+    wide = tiny_gguf.write_mmproj(folder / "wide.gguf", width=96)
+    return {
+        "cut": (["cut.gguf"], "cut.gguf: is cut short: tensor 'blk."),
+        "magic": (["magic.gguf"], "magic.gguf: is not a GGUF file; download it again"),
+        "page": (["page.gguf"], "page.gguf: is not a GGUF file; download it again"),
+        "keys": (["keys.gguf"], "keys.gguf: the key llama.block_count is missing; download it again"),
+        "swapped": ([str(mmproj)], "v.gguf: a vision model; name the text model with --model"),
+        "twice": ([str(text), "--mmproj", str(text)], "text.gguf: no vision model but one of type 'llama'"),
+        "wrong": ([str(text), "--mmproj", str(wide)], "wide.gguf: llama.cpp cannot load it: mismatch between"),
+        "blind": (["lone/text.gguf", "--image", "picture.png"], "text.gguf: was loaded without a vision model"),
+        "missing": (["none.gguf"], "none.gguf: no such file; check the path"),
+        "slow": ([str(text), "--max-kv-size", "64"], "--max-kv-size is for MLX, and this is a GGUF file"),
+        "context": ([str(text), "--context", "9999"], "n_ctx: 9999 is more than the model was made for"),
+    }
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["cut", "magic", "page", "keys", "swapped", "twice", "wrong", "blind", "missing", "slow", "context"],
+)
+def test_gguf_files_that_do_not_work_are_one_line(
+    case: str, picture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments, message = _damaged_files(tmp_path)[case]
+    (tmp_path / "lone").mkdir()
+    (tmp_path / "lone" / "text.gguf").hardlink_to(tmp_path / "text.gguf")
+    assert main(["chat", "--prompt", "Hi", "--model", *arguments]) == 2
+    said = capfd.readouterr()
+    assert said.out == "" and said.err.startswith("gm-mlx: error: ") and said.err.count("\n") == 1
+    assert message in said.err
+
+
+def test_gguf_files_without_llama_cpp(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tiny_gguf.write_text(tmp_path / "x.gguf")
+    library.cache_clear()
+    for name in ("llama_cpp", *NAMES):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert main(["chat", "--prompt", "Hi", "--model", str(path)]) == 2
+    library.cache_clear()
+    error = capfd.readouterr().err
+    assert error.endswith("which is not installed here; pip install 'gm-mlx[gguf]'\n") and error.count("\n") == 1

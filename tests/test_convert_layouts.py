@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from gm_mlx.convert.layouts import LAYOUTS
 from gm_mlx.convert.layouts.decoders import DECODERS, UNSUPPORTED
 from gm_mlx.convert.layouts.hf_llava import HF_LLAVA
-from gm_mlx.convert.layouts.layout import renamed
 from gm_mlx.convert.layouts.llava import LLAVA
 from gm_mlx.convert.layouts.moe_llava import MOE_LLAVA
 from gm_mlx.convert.layouts.towers import KNOWN_TOWERS, NAMES, STORED
+from gm_mlx.source_names import renamed
 
 EMBEDDING = "language_model.model.embed_tokens.weight"
 UP = "language_model.model.layers.7.mlp.up_proj.weight"

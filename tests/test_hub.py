@@ -13,6 +13,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+from hub_cache import empty_cache, fill
 from huggingface_hub import constants
 from huggingface_hub.utils import filter_repo_objects
 
@@ -20,29 +21,10 @@ from gm_mlx import hub
 from gm_mlx.errors import UserError
 from gm_mlx.hub import FETCHED, find_checkpoint, find_model
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache and no network: a request that left the machine would be refused at once."""
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path / "cache"
-
-
-def fill(cache: Path, repo: str, *files: str) -> Path:
-    """Put a repository into the cache as the client lays it out: blobs, links to them, and a ref."""
-    root = cache / f"models--{repo.replace('/', '--')}"
-    snapshot = root / "snapshots" / COMMIT
-    for folder in (root / "blobs", root / "refs", snapshot):
-        folder.mkdir(parents=True)
-    (root / "refs" / "main").write_text(COMMIT)
-    (root / "blobs" / "aa").write_text("{}")
-    for name in ("config.json", *files):
-        (snapshot / name).symlink_to(Path("../../blobs/aa"))
-    return snapshot
+    return empty_cache(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("name", [None, "gm-tiny"])
@@ -70,7 +52,7 @@ def test_a_repository_in_the_cache_needs_no_network(cache: Path) -> None:
 
 @pytest.mark.parametrize("name", ["model.gguf", "org/model.gguf", "~/x/model.gguf"])
 def test_gguf_files(cache: Path, name: str) -> None:
-    with pytest.raises(UserError, match=rf"^{name}: GGUF files are not supported by this version"):
+    with pytest.raises(UserError, match=rf"^{name}: a GGUF file where a model folder is needed; name"):
         find_model(name)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gm_mlx.convert.layouts.layout import BUFFERS, Names
+from gm_mlx.source_names import BUFFERS, Names
 
 # Fields of TextConfig, and what a decoder's config.json calls them.
 LLAMA_KEYS = {

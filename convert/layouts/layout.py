@@ -6,25 +6,17 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-Names = tuple[tuple[str, str | None], ...]
-"""Patterns of whole tensor names, each with the name that it gets. The first match counts; None leaves a tensor out."""
-
-# Buffers that old versions of PyTorch models stored; all are computed from the config.
-BUFFERS: Names = ((r".*\brotary_emb\.inv_freq", None), (r".*\bposition_ids", None))
+from gm_mlx.source_names import Names
 
 
 @dataclass(frozen=True)
 class Layout:
     """One way in which checkpoints are written.
 
-    A renamed tensor is ``vision_tower.vision_model.`` and Hugging Face's name inside the tower,
-    ``multi_modal_projector.linear_<1 or 2>.``, or ``language_model.`` and the decoder's own name, in which DeepSpeed's
-    experts are ``mlp.experts.<number>.`` and their router is ``mlp.gate.``.
-
     Attributes:
         title: what people call it.
         marks: it is this layout if one tensor's name matches.
-        names: the tensors.
+        names: the tensors; see ``gm_mlx.source_names`` for what they become.
         text: the key of ``config.json`` that holds the decoder's config; empty if that is the config itself.
         vision: the key that holds the tower's config; empty if only the tower's id is known.
         tower_id: the key with the tower's name on Hugging Face; empty if there is none.
@@ -50,15 +42,3 @@ class Layout:
     def matches(self, names: Iterable[str]) -> bool:
         """Whether tensors of these names are of this layout."""
         return any(re.fullmatch(self.marks, name) for name in names)
-
-
-def renamed(name: str, names: Names) -> str | None:
-    """The name that a table gives to a tensor, or None if the tensor is left out.
-
-    Raises:
-        KeyError: the table does not know the name.
-    """
-    for pattern, new in names:
-        if match := re.fullmatch(pattern, name):
-            return None if new is None else match.expand(new)
-    raise KeyError(name)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gm_mlx.convert.layouts.layout import BUFFERS, Names
+from gm_mlx.source_names import BUFFERS, Names
 
 STORED = "vision_tower.vision_model."
 

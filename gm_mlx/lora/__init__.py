@@ -1,0 +1,1 @@
+"""LoRA, with experts: layers, adapters and their folders."""

@@ -1,0 +1,51 @@
+"""The card of an adapter: what it is for, how large it is, how to use it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from gm_mlx import __version__
+from gm_mlx.lora.attach import Part
+
+USE = """\
+```
+gm-mlx chat --model {base} --adapter {name} --image photo.jpg
+gm-mlx fuse {base} {name} -o fused-model
+gm-mlx convert {name} --to gguf-lora --base model.gguf -o {name}.gguf
+```
+
+The first uses it beside the model, the second merges it into the weights, the third makes a file for llama.cpp."""
+
+
+def adapter_card(name: str, base: str, config: Mapping[str, Any], parts: Iterable[Part]) -> str:
+    """The text of README.md, with Hugging Face's metadata on top.
+
+    Args:
+        name: the adapter's name.
+        base: the name of the model that it is for.
+        config: its ``adapter_config.json``.
+        parts: what it has for each component.
+    """
+    kind = "DoRA" if config["use_dora"] else "LoRA"
+    scale = "alpha / sqrt(rank)" if config["use_rslora"] else "alpha / rank"
+    rows = [
+        f"| {part.component} | {part.matrices} | {', '.join(map(str, part.ranks))} | {part.parameters:,} |"
+        for part in parts
+    ]
+    # A folder on somebody's disk is no model that the hub knows.
+    metadata = [
+        "library_name: gm-mlx",
+        *([f"base_model: {base}"] if "/" in base else []),
+        "pipeline_tag: image-text-to-text",
+    ]
+    sections = [
+        "\n".join(["---", *metadata, "tags:", "- gm-mlx", "- lora", "---"]),
+        f"# {name}",
+        f"A {kind} adapter for {base}, made by gm-mlx {__version__}; alpha is {config['lora_alpha']:g}, and B A is "
+        f"multiplied by {scale}.",
+        "\n".join(["| part | matrices | rank | parameters |", "|---|---|---|---|", *rows]),
+        "## Use",
+        USE.format(name=name, base=base),
+    ]
+    return "\n\n".join(sections) + "\n"
