@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gm_mlx.cli.console import Debug, Progress, checked_text, note, printable, say, stats_line
+from gm_mlx.cli.console import Debug, Progress, checked_text, note, printable, say, stats_line, with_strength
 from gm_mlx.engine import GREEDY, Sampling
 from gm_mlx.errors import UserError
 
@@ -119,6 +119,14 @@ def chat(
             "--repack/--no-repack", help="Of a GGUF file: rearrange weights for the CPU. [default: what reads faster]"
         ),
     ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--adapter",
+            metavar="FOLDER[=WEIGHT]",
+            help="Of a model folder: a LoRA adapter and how strong it is; may be repeated.",
+        ),
+    ] = None,
     no_exif: Annotated[
         bool, typer.Option("--no-exif", help="Do not turn photographs as their EXIF orientation says.")
     ] = False,
@@ -164,8 +172,9 @@ def chat(
         "n_ctx": context,
         "threads": threads,
         "gpu_layers": n_gpu_layers,
-        "lora": [_lora(text) for text in lora] if lora else None,
+        "lora": [with_strength(text) for text in lora] if lora else None,
         "repack": repack,
+        "adapters": [with_strength(text) for text in adapter] if adapter else None,
         "show_log": debug or None,
     }
     progress = Progress()
@@ -209,15 +218,6 @@ def open_image(engine: Engine, exif: bool) -> Callable[[str], Image]:
         return load_image(path, exif=False)
 
     return as_stored
-
-
-def _lora(text: str) -> tuple[str, float]:
-    """Returns file and strength of ``--lora``; of a name without a number behind its =, all of it is the file."""
-    file, _, scale = text.rpartition("=")
-    try:
-        return file or text, float(scale) if file else 1.0
-    except ValueError:
-        return text, 1.0
 
 
 def _question(prompt: str | None) -> str:

@@ -99,6 +99,15 @@ def parse_size(text: str, option: str) -> int:
     return int(float(found[1]) * 1024 ** (1 + "KMG".index(found[2].upper())))
 
 
+def with_strength(text: str) -> tuple[str, float]:
+    """Returns name and strength of an adapter; of a text without a number behind its last =, all of it is the name."""
+    name, _, strength = text.rpartition("=")
+    try:
+        return name or text, float(strength) if name else 1.0
+    except ValueError:
+        return text, 1.0
+
+
 def stats_line(stats: Stats) -> str:
     """Returns an answer's times and rates as one line of less than 80 characters."""
     parts = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from fixtures import picture, tiny_config, tiny_folder, tiny_model
 import gm_mlx
 from gm_mlx.cli.main import main
 from gm_mlx.config import MoEConfig
+from gm_mlx.convert.to_gguf import folder
 from gm_mlx.gguf_file import read_header
 from gm_mlx.llama import probe
 from gm_mlx.llama.engine import LlamaCppEngine
@@ -199,3 +201,31 @@ def test_only_models_are_replaced(source: Path, tmp_path: Path, capsys: pytest.C
     other.mkdir()
     (other / "model.gguf").write_text("somebody's")
     assert "something else" in refused(capsys, source, "-o", other, "--to", "gguf", "--force")
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+def test_what_goes_wrong_leaves_the_old_files(
+    failure: BaseException,
+    source: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = tmp_path / "out"
+    run(capsys, source, "-o", out)
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    write_gguf, calls = folder.write_gguf, []
+
+    def fail_at_the_second(path: Path, *arguments: Any) -> list[str]:
+        calls.append(path)
+        if len(calls) == 2:
+            path.write_bytes(b"GGUF and no more")
+            raise failure
+        return write_gguf(path, *arguments)
+
+    monkeypatch.setattr(folder, "write_gguf", fail_at_the_second)
+    code = main(["convert", str(source), "-o", str(out), "--to", "gguf", "--quantize", "Q8_0", "--force"])
+    assert code == (130 if isinstance(failure, KeyboardInterrupt) else 2)
+    assert capsys.readouterr().err.count("\n") == 1
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]

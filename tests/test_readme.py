@@ -46,6 +46,21 @@ def test_python_block_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert printed.endswith("star\nyes\n")
 
 
+def test_gguf_commands(tmp_path: Path) -> None:
+    """What the section on llama.cpp shows, with gm-tiny for somebody's model."""
+    lines = block("## For llama.cpp", "sh").splitlines()
+    assert lines[0] == ".venv/bin/pip install '.[gguf]'"
+    names = {"my-model-gguf": str(tmp_path / "gguf"), "photo.jpg": str(ROOT / "examples" / "images" / "shapes.png")}
+    for line in lines[1:]:
+        words = [names.get(word, word) for word in line.replace("my-model ", "gm-tiny ").split()]
+        words = [word.replace("my-model-gguf/", f"{tmp_path}/gguf/") for word in words]
+        if words[1] == "chat":
+            words += ["--prompt", "what color is the circle?"]
+        done = subprocess.run(words, env=environment(), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "red"
+
+
 @pytest.mark.slow
 def test_installed_package_answers_too(tmp_path: Path) -> None:
     """``pip install .`` and not ``-e``: the four folders and gm-tiny arrive under one package, nothing beside it."""
