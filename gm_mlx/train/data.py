@@ -17,8 +17,8 @@ from gm_mlx.router import Routing, load_balancing_loss
 class Example(NamedTuple):
     """One conversation: token ids with image slots, True where a token is to be learnt, and its images' pixels."""
 
-    ids: Sequence[int]
-    learnt: Sequence[bool]
+    ids: Sequence[int] | np.ndarray
+    learnt: Sequence[bool] | np.ndarray
     pixels: np.ndarray | None = None  # [N, H, W, 3] float32
 
 
@@ -45,7 +45,7 @@ def collate(examples: Sequence[Example], pad_id: int, multiple: int = 8) -> Batc
     learnt = np.zeros((len(examples), length), dtype=bool)
     real = np.zeros((len(examples), length), dtype=bool)
     for row, example in enumerate(examples):
-        if not any(example.learnt):
+        if not np.any(example.learnt):
             raise UserError(f"example {row} of the batch has no answer to learn; check its conversation")
         n = len(example.ids)
         ids[row, :n], learnt[row, :n], real[row, :n] = example.ids, example.learnt, True
@@ -66,6 +66,8 @@ def answer_loss(model: Model, batch: Batch) -> tuple[mx.array, mx.array]:
     trace: list[Routing] = []
     hidden = model.hidden(model.embed(batch.ids, features), trace=trace)
     rows, columns = np.nonzero(batch.learnt)
+    if not len(rows):  # a rank whose share of a step is empty takes part in it and adds nothing
+        return 0 * hidden.sum(), mx.array(0)
     logits = model.logits(hidden[mx.array(rows), mx.array(columns - 1)])  # [M, V]: each row predicts its successor
     total = nn.losses.cross_entropy(logits, mx.array(batch.ids[rows, columns]), reduction="sum")
     count = mx.array(len(rows))
