@@ -121,8 +121,9 @@ def info(
 
 def find_subject(name: str) -> Subject:
     """Finds a model folder, a preset or a repository; a folder wins over a preset, and a preset over a repository."""
-    from gm_mlx.config import PRESETS, ModelConfig
+    from gm_mlx.config import ModelConfig
     from gm_mlx.hub import BUILT_IN, find_model
+    from gm_mlx.presets import PRESETS
 
     if name in PRESETS and name != BUILT_IN and not os.path.isdir(name):
         return Subject(name, None, PRESETS[name])

@@ -14,12 +14,13 @@ from functools import partial
 
 import mlx.core as mx
 
-from gm_mlx.config import PRESETS, ModelConfig
+from gm_mlx.config import ModelConfig
 from gm_mlx.convert.translate import Translation
 from gm_mlx.errors import UserError
 from gm_mlx.hub import find_model
 from gm_mlx.images import CLIP_MEAN, CLIP_STD, HALF, ImageConfig
 from gm_mlx.model import Model
+from gm_mlx.presets import PRESETS
 from gm_mlx.processor import Processor
 from gm_mlx.safetensors_writer import DTYPE_NAMES
 from gm_mlx.tensors import Tensor

@@ -29,7 +29,7 @@ from pathlib import Path
 from statistics import median
 
 import gm_mlx  # noqa: F401  (before anything imports mlx)
-from gm_mlx.config import PRESETS, ModelConfig
+from gm_mlx.config import ModelConfig
 from gm_mlx.convert.random_model import random_model
 from gm_mlx.convert.to_gguf.folder import GGUFPair, gguf_pair, plain_target
 from gm_mlx.convert.to_gguf.quantize import quantize_gguf
@@ -37,6 +37,7 @@ from gm_mlx.convert.to_gguf.text import text_model
 from gm_mlx.convert.to_gguf.types import Target, find_target
 from gm_mlx.convert.to_gguf.write import write_gguf
 from gm_mlx.gguf_file import GGUFHeader, read_header
+from gm_mlx.presets import PRESETS
 from gm_mlx.processor import Processor
 from gm_mlx.tensors import Tensor
 

@@ -22,9 +22,10 @@ from huggingface_hub import constants
 import gm_mlx
 from gm_mlx import hub
 from gm_mlx.cli.main import main
-from gm_mlx.config import PRESETS, ModelConfig
+from gm_mlx.config import ModelConfig
 from gm_mlx.convert import random_model, towers
 from gm_mlx.errors import UserError
+from gm_mlx.presets import PRESETS
 from gm_mlx.processor import Processor
 from gm_mlx.safetensors_header import check_header
 from gm_mlx.weights import load_model, named_arrays

@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
-from gm_mlx.config import ACTIVATIONS, LAYER_MODES, PRESETS, ModelConfig, MoEConfig, TextConfig, VisionConfig
+from gm_mlx.config import ACTIVATIONS, LAYER_MODES, ModelConfig, MoEConfig, TextConfig, VisionConfig
 from gm_mlx.errors import UserError
 from gm_mlx.model import Model
+from gm_mlx.presets import PRESETS
 
 sizes = st.integers(1, 4096)
 moe_configs = st.integers(1, 16).flatmap(

@@ -12,7 +12,7 @@ from PIL import Image
 from tiny_tokenizer import write_sentencepiece, write_tokenizers
 
 from gm_mlx.chat_template import TEMPLATES
-from gm_mlx.config import PRESETS, VisionConfig
+from gm_mlx.config import VisionConfig
 from gm_mlx.convert.layouts.decoders import GEMMA, LLAMA, MISTRAL
 from gm_mlx.convert.preparation import (
     OPENCHAT_END,
@@ -25,6 +25,7 @@ from gm_mlx.convert.preparation import (
 from gm_mlx.convert.values import Values
 from gm_mlx.errors import UserError
 from gm_mlx.images import CLIP_MEAN, CLIP_STD, HALF, ImageConfig
+from gm_mlx.presets import PRESETS
 
 CLIP = asdict(VisionConfig("clip_vision_model", 8, 8, 1, 1, image_size=28, patch_size=14))
 SIGLIP = {**CLIP, "model_type": "siglip_vision_model"}

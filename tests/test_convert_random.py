@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from fixtures import tiny_config
 
-from gm_mlx.config import PRESETS, ModelConfig, MoEConfig
+from gm_mlx.config import ModelConfig, MoEConfig
 from gm_mlx.convert import random_model as module
 from gm_mlx.convert.random_model import random_model, random_tensors
 from gm_mlx.errors import UserError
 from gm_mlx.model import Model
+from gm_mlx.presets import PRESETS
 from gm_mlx.weights import named_arrays, unread_model
 
 ROUTER = "language_model.model.layers.0.mlp.gate.weight"

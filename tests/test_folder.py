@@ -231,7 +231,7 @@ def test_reading_a_folder(tmp_path: Path) -> None:
 
 
 def test_shapes_of_a_full_size_model_cost_no_memory() -> None:
-    from gm_mlx.config import PRESETS
+    from gm_mlx.presets import PRESETS
     from gm_mlx.weights import unread_model
 
     config = PRESETS["llava-gm-7b"]

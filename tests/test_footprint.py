@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from fixtures import tiny_config, tiny_folder, tiny_model
 
-from gm_mlx.config import CLIP_L_336, PRESETS, ModelConfig, MoEConfig, TextConfig
+from gm_mlx.config import ModelConfig, MoEConfig, TextConfig
 from gm_mlx.devices import DEVICES
 from gm_mlx.errors import UserError
 from gm_mlx.folder import read_model_folder
@@ -19,6 +19,7 @@ from gm_mlx.footprint import activation_bytes, footprint, kv_bytes_per_token, pl
 from gm_mlx.generate import make_cache, prefill
 from gm_mlx.inventory import COMPONENTS, model_layers
 from gm_mlx.model import Model
+from gm_mlx.presets import CLIP_L_336, PRESETS
 from gm_mlx.quant.recipes import recipe_table
 from gm_mlx.quant.sizes import component_sizes, total
 from gm_mlx.weights import apply_quantization, named_arrays, num_parameters, quantizable_layers, save_model

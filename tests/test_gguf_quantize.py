@@ -20,7 +20,7 @@ import pytest
 import raw_llama
 from fixtures import picture, tiny_config, tiny_folder, tiny_model
 
-from gm_mlx.config import PRESETS, ModelConfig
+from gm_mlx.config import ModelConfig
 from gm_mlx.convert.to_gguf import quantize, types
 from gm_mlx.convert.to_gguf.folder import gguf_pair
 from gm_mlx.convert.to_gguf.imatrix import Entry, ImportanceMatrix, matrix_from_sums, read_imatrix, write_imatrix
@@ -32,6 +32,7 @@ from gm_mlx.folder import read_model_folder
 from gm_mlx.gguf_file import GGUFHeader, read_header
 from gm_mlx.inventory import model_layers
 from gm_mlx.llama.binding import library
+from gm_mlx.presets import PRESETS
 from gm_mlx.processor import Processor
 from gm_mlx.quant.importance import measure_importance
 from gm_mlx.quant.recipes import RECIPES

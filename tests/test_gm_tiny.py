@@ -13,8 +13,9 @@ from PIL import Image
 
 import gm_mlx
 from gm_mlx import _blas
-from gm_mlx.config import PRESETS, ModelConfig
+from gm_mlx.config import ModelConfig
 from gm_mlx.hub import find_model
+from gm_mlx.presets import PRESETS
 from gm_mlx.vlm import VLM
 from gm_mlx.weights import load_model, named_arrays
 

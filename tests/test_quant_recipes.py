@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from fixtures import tiny_config, tiny_folder, tiny_model
 
-from gm_mlx.config import PRESETS, ModelConfig, MoEConfig, TextConfig
+from gm_mlx.config import ModelConfig, MoEConfig, TextConfig
 from gm_mlx.errors import UserError
 from gm_mlx.folder import read_model_folder, write_model_folder
 from gm_mlx.hub import find_model
 from gm_mlx.model import Model
+from gm_mlx.presets import PRESETS
 from gm_mlx.quant.build import build_model, dequantized, file_dtype
 from gm_mlx.quant.recipes import RECIPES, plan, quantizable, recipe_table
 from gm_mlx.quant.sizes import component_sizes, file_bytes, total

@@ -39,9 +39,9 @@ from tokenizer import main as write_tokenizer
 
 from gm_mlx import _blas
 from gm_mlx.chat_template import TEMPLATES
-from gm_mlx.config import PRESETS
 from gm_mlx.images import ImageConfig
 from gm_mlx.model import Model
+from gm_mlx.presets import PRESETS
 from gm_mlx.processor import Processor
 from gm_mlx.tokenizer import load_tokenizer
 from gm_mlx.train.data import Batch, Example, answer_loss, collate
