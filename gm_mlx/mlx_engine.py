@@ -25,6 +25,7 @@ from gm_mlx.engine import GREEDY, Piece, Progress, Sampling, Stats
 from gm_mlx.errors import UserError
 from gm_mlx.generate import decode, make_cache, prefill, trim_cache
 from gm_mlx.images import image_hash
+from gm_mlx.lora.folder import find_adapter, load_adapter
 from gm_mlx.notice import ImageNotice
 from gm_mlx.prefix import Key, prompt_keys, reusable
 from gm_mlx.processor import Processor
@@ -57,10 +58,13 @@ class MLXEngine:
         max_kv_size: most positions in the key/value cache; older ones are forgotten.
         prefill_chunk: prompt positions that are computed at a time.
         dtype: see ``load_model``.
+        adapters: LoRA adapters that are at work together: folders or repositories, each alone or with a weight of
+            which 1 is as it was trained.
         progress: told about loading, encoding and prefilling; see ``Progress``.
 
     Raises:
-        UserError: the folder is no model folder, its files do not fit each other, or an option is out of range.
+        UserError: the folder is no model folder, its files do not fit each other, an adapter is not for the model, or
+            an option is out of range.
     """
 
     name = "mlx"
@@ -74,6 +78,7 @@ class MLXEngine:
         max_kv_size: int | None = None,
         prefill_chunk: int = 512,
         dtype: str | None = None,
+        adapters: Sequence[str | Path | tuple[str | Path, float]] = (),
         progress: Progress | None = None,
     ) -> None:
         folder = Path(folder)
@@ -81,6 +86,9 @@ class MLXEngine:
             raise UserError(f"prefill_chunk: {prefill_chunk} is not 1 or more")
         self.model = model_name or str(folder)
         self._model = load_model(folder, dtype=dtype)
+        for adapter in adapters:
+            name, weight = adapter if isinstance(adapter, tuple) else (adapter, 1.0)
+            load_adapter(self._model, find_adapter(str(name)), weight)
         self.processor = Processor.from_folder(folder)
         _check_processor(folder, self.processor, self._model)
         self.context_length = self._model.config.text_config.max_position_embeddings

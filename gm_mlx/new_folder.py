@@ -23,6 +23,7 @@ from pathlib import Path
 from gm_mlx.config import MODEL_TYPE
 from gm_mlx.errors import UserError
 
+BESIDE_GM_JSON = ("model.gguf", "adapter_model.safetensors")  # what shows that a folder is ours when it has no config
 REASONS = {
     errno.ENOSPC: "the disk is full; make room or write elsewhere",
     errno.EDQUOT: "your share of the disk is used up; make room or write elsewhere",
@@ -155,8 +156,8 @@ def _lock(folder: Path) -> int | None:
 
 
 def _is_model(folder: Path) -> bool:
-    """Whether a folder is one that this program writes, for MLX or for llama.cpp."""
-    if (folder / "gm.json").is_file() and (folder / "model.gguf").is_file():
+    """Whether a folder is one that this program writes: a model for MLX or for llama.cpp, or an adapter."""
+    if (folder / "gm.json").is_file() and any((folder / name).is_file() for name in BESIDE_GM_JSON):
         return True
     try:
         return json.loads((folder / "config.json").read_bytes())["model_type"] == MODEL_TYPE

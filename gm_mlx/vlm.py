@@ -69,6 +69,11 @@ def open_engine(
 
         options.pop("show_log", None)
         return MLXEngine(folder, model_name=model or folder.name, **options)
+    if options.pop("adapters", None):
+        raise UserError(
+            f"--adapter is for MLX, and this is a GGUF file; run `gm-mlx convert ADAPTER --to gguf-lora --base "
+            f"{files.model} -o ADAPTER.gguf` and give that with --lora"
+        )
     _refuse(options, MLX_OPTIONS, "MLX, and this is a GGUF file")
     from gm_mlx.llama.engine import LlamaCppEngine
 

@@ -60,8 +60,8 @@ class Source:
         return file_dtype(self.tensors)
 
     @property
-    def gm(self) -> dict[str, Any]:
-        """The folder's ``gm.json``, without what a new quantization makes untrue."""
+    def notes(self) -> dict[str, Any]:
+        """The folder's ``gm.json``."""
         try:
             notes = json.loads((self.folder / "gm.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -70,7 +70,12 @@ class Source:
             raise UserError(f"{self.folder / 'gm.json'}: cannot be read ({error}); convert the model again") from None
         if not isinstance(notes, dict):
             raise UserError(f"{self.folder / 'gm.json'}: not a JSON object; convert the model again")
-        return {key: value for key, value in notes.items() if key not in STALE}
+        return notes
+
+    @property
+    def gm(self) -> dict[str, Any]:
+        """The folder's ``gm.json``, without what a new quantization makes untrue."""
+        return {key: value for key, value in self.notes.items() if key not in STALE}
 
     def model(self) -> Model:
         """The unquantized model in memory, as its file's dtype has it."""

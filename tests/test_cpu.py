@@ -17,6 +17,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from torch_reference import CLIP, IMAGE_TOKEN, TEXT, relative_error
 
 from gm_mlx import cpu
+from gm_mlx._mlx_lm import SwitchLinear
 from gm_mlx.config import ModelConfig, MoEConfig
 from gm_mlx.model import Model
 from gm_mlx.moe import MLP, SparseMLP
@@ -158,14 +159,42 @@ def test_other_quantizations_stay_with_the_stock_kernels(
     assert not products
 
 
-def test_experts_without_a_gate_stay_with_the_stock_kernels(products: list[int]) -> None:
+def test_experts_without_a_gate_go_one_matrix_after_the_other(products: list[int]) -> None:
     layer = SparseMLP(replace(WIDE, gated=False), MoEConfig(), layer=0)
-    nn.quantize(layer)
+    nn.quantize(layer, group_size=64, bits=4)
     x = tokens(1, 40)
-    stock = layer(x)
+    stock = np.array(layer(x))
     cpu.speed_up(layer)
-    assert mx.array_equal(layer(x), stock)
+    assert relative_error(layer(x), stock) <= TOLERANCE
+    assert sum(products) == 2 * 2 * 40
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    "how", [{"bits": 3}, {"bits": 4, "group_size": 32}, {"bits": 4, "group_size": 32, "mode": "mxfp4"}]
+)
+def test_a_stack_of_experts(how: dict[str, Any], bias: bool, products: list[int]) -> None:
+    """Sorted by expert or not; fewer tokens than mlx-lm sorts come as one row for all their experts."""
+    layer = SwitchLinear(128, 200, 4, bias=bias)
+    if bias:
+        layer.bias = mx.random.normal((4, 200))
+    layer = layer.to_quantized(**how)
+    chosen = mx.array(np.random.default_rng(0).integers(0, 3, 90))  # expert 3 has no token
+
+    def run() -> list[mx.array]:
+        results = []
+        for indices, ordered in ((mx.sort(chosen), True), (chosen, False)):
+            x = tokens(90, 1)
+            results.append(layer(x, indices, sorted_indices=ordered))
+            results.append(mx.grad(lambda x, i=indices, o=ordered: layer(x, i, sorted_indices=o).square().sum())(x))
+        return [*results, layer(tokens(1, 20, 1, 1), chosen[:40].reshape(1, 20, 2))]
+
+    stock = [np.array(result) for result in run()]
     assert not products
+    cpu.speed_up(layer)
+    for fast, wanted in zip(run(), stock, strict=True):
+        assert relative_error(fast, wanted) <= TOLERANCE
+    assert len(products) == 2 * 2 * 3
 
 
 def test_an_expert_without_tokens_is_not_unpacked(products: list[int]) -> None:

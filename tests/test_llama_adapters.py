@@ -12,7 +12,7 @@ from fixtures import tiny_config, tiny_model
 from lora_adapters import IDS, draw
 from tiny_gguf import our_folder, write
 
-from gm_mlx.cli.chat import _lora
+from gm_mlx.cli.console import with_strength
 from gm_mlx.convert.to_gguf.lora import convert_adapter
 from gm_mlx.errors import UserError
 from gm_mlx.llama.engine import LlamaCppEngine
@@ -53,7 +53,7 @@ def test_adapters_are_at_work(files: tuple[Path, Path]) -> None:
 
 
 def test_options(files: tuple[Path, Path]) -> None:
-    assert [_lora(text) for text in ("a.gguf", "a.gguf=0.5", "a=b.gguf", "a=b.gguf=2", "=1")] == [
+    assert [with_strength(text) for text in ("a.gguf", "a.gguf=0.5", "a=b.gguf", "a=b.gguf=2", "=1")] == [
         ("a.gguf", 1.0), ("a.gguf", 0.5), ("a=b.gguf", 1.0), ("a=b.gguf", 2.0), ("=1", 1.0)
     ]  # fmt: skip
     with pytest.raises(UserError, match="--lora is for GGUF files"):

@@ -40,7 +40,10 @@ from gm_mlx.lora.peft import Factors, lora_alone, unwrap
 from gm_mlx.tensors import Tensor
 
 VALUE_FACTOR = math.sqrt(EPS) * VALUE_SCALE  # of W_v in a re-expressed model
-MERGE = "merge the adapter instead: gm-mlx convert ADAPTER --base BASE --to gguf -o OUT"
+MERGE = (
+    "merge the adapter instead: gm-mlx convert ADAPTER --base BASE --to gguf -o OUT, or where the base is a model of "
+    "gm-mlx, gm-mlx fuse MODEL ADAPTER -o OUT"
+)
 
 TIED = f"the embedding is the head too, and there llama.cpp cannot have LoRA; {MERGE}"
 # Our paths, and why llama.cpp puts no LoRA on them in any model or in this one.

@@ -45,7 +45,7 @@ ADAPTER_FILE = "adapter_model.safetensors"
 MERGE = "merge the adapter instead: gm-mlx convert ADAPTER --base BASE -o OUT"
 # What a folder is that has no ADAPTER_FILE, by a file that it has.
 FOREIGN = {
-    "adapter_model.bin": "has a pickle, adapter_model.bin; save the adapter with peft again, with safe_serialization=True",
+    "adapter_model.bin": "has a pickle, adapter_model.bin; save it with peft again, with safe_serialization=True",
     "adapters.safetensors": "is an adapter of mlx-lm, for models of mlx-lm; use it there",
     "model.safetensors": "is a whole model and no adapter; give it as the model",
     "model.safetensors.index.json": "is a whole model and no adapter; give it as the model",

@@ -23,7 +23,7 @@ import mlx.nn as nn
 
 from gm_mlx._mlx_lm import QuantizedSwitchLinear, SwitchLinear
 from gm_mlx.router import LowRankRouter, Router
-from gm_mlx.weights import PACKED
+from gm_mlx.weights import PACKED, runs_on_cpu
 
 TINY = 1e-30  # least square of a row's length: the row of a padded vocabulary may be zero
 
@@ -160,6 +160,7 @@ class LoRASwitchLinear(nn.Module):
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         """[..., 1, in] to [..., 1, out] by the expert that ``indices`` [...] names (``SwitchLinear``)."""
+        dtype = mx.float32 if runs_on_cpu() else x.dtype  # the only one that gather_mm has there
 
         def times(x: mx.array, matrices: mx.array) -> mx.array:
             return mx.gather_mm(x, matrices.swapaxes(-1, -2), rhs_indices=indices, sorted_indices=sorted_indices)
@@ -167,8 +168,8 @@ class LoRASwitchLinear(nn.Module):
         y = self.base(x, indices, sorted_indices=sorted_indices)
         plain = y - self.base.bias[indices][..., None, :] if "bias" in self.base else y
         for one in self.adapters:
-            a, b = one.factors(x.dtype)
-            low = times(times(one.dropout(x), a), b)
+            a, b = one.factors(dtype)
+            low = times(times(one.dropout(x).astype(dtype), a), b)
             gain = one.gain(self)  # [E, out]
             y = y + one.change(low, plain, None if gain is None else gain[indices][..., None, :])
         return y
@@ -188,11 +189,10 @@ class LoRAEmbedding(nn.Module):
         self.adapters: list[LowRank] = []
 
     def __call__(self, ids: mx.array) -> mx.array:
-        """Ids [...] to embeddings [..., D]."""
-        y = self.base(ids)
+        """Ids [...] to embeddings [..., D], float32: what MXFP4 is unpacked to by itself has too few bits for a sum."""
+        y = self.base(ids).astype(mx.float32)
         for one in self.adapters:
-            a, b = one.factors(y.dtype)
-            y = y + one.change(a.T[ids] @ b.T, y, None)
+            y = y + one.change(one.lora_a.T[ids] @ one.lora_b.T, y, None)
         return y
 
     def as_linear(self, x: mx.array) -> mx.array:
