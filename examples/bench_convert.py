@@ -37,6 +37,13 @@ from gm_mlx.tokenizer import load_tokenizer
 
 SHARD_BYTES = 1 << 30
 SMALL_GB = 0.005  # of a checkpoint that takes next to no memory
+OPTIONS: tuple[list[str], ...] = (
+    [],
+    ["--quantize", "q4"],
+    ["--upcycle", "4x2", "--quantize", "q4"],
+    ["--to", "gguf", "--quantize", "Q4_0"],
+    ["--to", "gguf", "--quantize", "Q4_K_M"],
+)
 PATCHES = "vision_tower.vision_model.embeddings.patch_embedding.weight"
 # What runs in the child: the command, and then its own peak on the last line. On Linux ru_maxrss would not do: a child
 # begins with the peak of the process that started it.
@@ -80,7 +87,7 @@ def main() -> None:
         if not arguments.full_size:
             read, largest = write_checkpoint(folder / "checkpoint", arguments.size_gb)
             source = [str(folder / "checkpoint")]
-        for options in ([], ["--quantize", "q4"], ["--upcycle", "4x2", "--quantize", "q4"]):
+        for options in OPTIONS:
             if arguments.full_size and "--upcycle" in options:
                 continue  # the presets have experts
             run = convert([*source, *options], folder / "out")

@@ -88,6 +88,9 @@ def test_what_is_in_the_folder(tmp_path: Path) -> None:
     assert card.startswith("---\nlibrary_name: gm-mlx\nbase_model: org/tiny\n")
     assert "| experts | 12 | 2, 4 |" in card
     assert "--adapter shapes" in card
+    assert "gguf" not in card  # llama.cpp has no LoRA for projectors
+    text_alone = saved(tmp_path / "text", trained(model_of(), LoRAConfig(targets=["attention", "experts"])))
+    assert "gm-mlx convert text --to gguf-lora" in (text_alone / "README.md").read_text()
 
 
 def test_peft_names(tmp_path: Path) -> None:

@@ -12,10 +12,17 @@ USE = """\
 ```
 gm-mlx chat --model {base} --adapter {name} --image photo.jpg
 gm-mlx fuse {base} {name} -o fused-model
-gm-mlx convert {name} --to gguf-lora --base model.gguf -o {name}.gguf
 ```
 
-The first uses it beside the model, the second merges it into the weights, the third makes a file for llama.cpp."""
+The first uses it beside the model, the second merges it into the weights."""
+GGUF_USE = """\
+With a GGUF file of the model, it is used as a file of its own:
+
+```
+gm-mlx convert {name} --to gguf-lora --base model.gguf -o {name}.gguf
+gm-mlx chat --model model.gguf --lora {name}.gguf --image photo.jpg
+```"""
+FOR_GGUF = {"attention", "dense_ffn", "experts", "routers"}  # what llama.cpp has LoRA for
 
 
 def adapter_card(name: str, base: str, config: Mapping[str, Any], parts: Iterable[Part]) -> str:
@@ -27,6 +34,7 @@ def adapter_card(name: str, base: str, config: Mapping[str, Any], parts: Iterabl
         config: its ``adapter_config.json``.
         parts: what it has for each component.
     """
+    parts = list(parts)
     kind = "DoRA" if config["use_dora"] else "LoRA"
     scale = "alpha / sqrt(rank)" if config["use_rslora"] else "alpha / rank"
     rows = [
@@ -48,4 +56,6 @@ def adapter_card(name: str, base: str, config: Mapping[str, Any], parts: Iterabl
         "## Use",
         USE.format(name=name, base=base),
     ]
+    if FOR_GGUF.issuperset(part.component for part in parts) and not config["use_dora"]:
+        sections.append(GGUF_USE.format(name=name))
     return "\n\n".join(sections) + "\n"

@@ -1,11 +1,11 @@
 """An adapter's folder: peft's two files, and beside them what it is for and how to use it.
 
-========================== =============================================================================================
-``adapter_model.safetensors`` A and B by peft's names, float32; see ``gm_mlx.lora.peft``
-``adapter_config.json``     rank, alpha and all else that peft wants to know, by its keys
-``gm.json``                 the base: its name, and its config, which a model is held against when it gets the adapter
-``README.md``               a card
-========================== =============================================================================================
+=============================  ==============================================================================
+``adapter_model.safetensors``  A and B by peft's names, float32; see ``gm_mlx.lora.peft``
+``adapter_config.json``        rank, alpha and all else that peft wants to know, by its keys
+``gm.json``                    the base: its name, and its config, which a model must have to get the adapter
+``README.md``                  a card
+=============================  ==============================================================================
 
 The quantization of the base is not part of what an adapter is for: one that was trained on 4 bits fits the same model
 in 16. Nor is the form of the routers.

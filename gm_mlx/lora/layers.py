@@ -106,7 +106,7 @@ class LowRank(nn.Module):
         if "magnitude" not in self:
             return None
         a, b = self.lora_a, self.lora_b
-        # A question's tokens all meet the same adapter. Arrays never change in place, so that the same ones tell.
+        # All tokens of an answer meet the same factors. Training and loading put new arrays in the place of old ones.
         if self.training or not self._known or self._known[0] is not a or self._known[1] is not b:
             a_, b_ = mx.stop_gradient(a), mx.stop_gradient(b)
             crossed = mx.stop_gradient(layer.product(a_)).swapaxes(-1, -2).astype(mx.float32)  # [..., out, r]
