@@ -47,6 +47,7 @@ MAX_TENSORS = 1 << 20
 MAX_ELEMENTS = 1 << 24
 MAX_STRING = 1 << 24
 MAX_NAME = 63  # bytes; ggml has room for so many
+SHOWN = 300  # characters of an error that come from the file
 MAX_DIMENSIONS = 4
 DEFAULT_ALIGNMENT = 32
 AGAIN = "download it again"
@@ -111,7 +112,9 @@ def read_header(path: str | Path) -> GGUFHeader:
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     except _Fault as fault:
-        raise UserError(f"{path}: {fault}; {fault.remedy}") from None
+        # Names in a damaged file can be anything: line breaks, and megabytes of it.
+        shown = "".join(character if character.isprintable() else "?" for character in str(fault)[:SHOWN])
+        raise UserError(f"{path}: {shown}; {fault.remedy}") from None
 
 
 class _Fault(Exception):

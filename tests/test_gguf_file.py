@@ -147,6 +147,13 @@ def test_text_that_is_not_unicode_is_read(tmp_path: Path) -> None:
     assert read_header(tmp_path / "x.gguf").metadata == {"k": "a\ufffd"}
 
 
+def test_names_with_line_breaks_stay_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(assembled(key("a\nb" * 1000, 99, b""), keys=1))
+    with pytest.raises(UserError) as caught:
+        read_header(tmp_path / "x.gguf")
+    assert "a?b" in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
 @given(data=st.data())
 def test_damage_is_always_one_line(tmp_path_factory: pytest.TempPathFactory, small: Path, data: st.DataObject) -> None:
     content = bytearray(small.read_bytes())

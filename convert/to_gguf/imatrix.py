@@ -217,7 +217,8 @@ def _read_gguf(path: Path) -> ImportanceMatrix:
             raise UserError(f"{path}: tensor {name!r} is not one of a pair of sums and counts; {MAKE}")
         if name.endswith(SUMS):
             sums, counts = (_floats(header, stem + part) for part in (SUMS, COUNTS))
-            if sums.size % counts.size or not np.array_equal(counts, np.round(counts)):
+            whole = np.isfinite(counts).all() and np.array_equal(counts, np.round(counts)) and (counts < 2.0**62).all()
+            if sums.size % counts.size or not whole:
                 raise UserError(f"{path}: entry {stem!r}: {sums.size} sums do not belong to its counts; {MAKE}")
             entries[stem] = Entry(sums.reshape(counts.size, -1), counts.astype(np.int64))
     metadata = header.metadata
