@@ -30,7 +30,7 @@ from statistics import median
 
 import gm_mlx  # noqa: F401  (before anything imports mlx)
 from gm_mlx.config import ModelConfig
-from gm_mlx.convert.random_model import random_model
+from gm_mlx.convert.random_model import random_model, random_tensors
 from gm_mlx.convert.to_gguf.folder import GGUFPair, gguf_pair, plain_target
 from gm_mlx.convert.to_gguf.quantize import quantize_gguf
 from gm_mlx.convert.to_gguf.text import text_model
@@ -91,7 +91,7 @@ def make(name: str, folder: Path, kind: str) -> Path:
     if name != SPARSE:
         config = replace(config, text_config=replace(config.text_config, moe=None))
     made = random_model("llava-gm-2b")
-    tensors = made.tensors if name == SPARSE else dense_tensors(config)
+    tensors = made.tensors if name == SPARSE else random_tensors(config)
     pair = pair_of(config, tensors, made.processor, native=name == DENSE)
     target = find_target(kind, {})
     partial = path.with_suffix(".partial")
@@ -101,13 +101,8 @@ def make(name: str, folder: Path, kind: str) -> Path:
     return path
 
 
-def dense_tensors(config: ModelConfig) -> dict[str, Tensor]:
-    from gm_mlx.convert.random_model import random_tensors
-
-    return random_tensors(config)
-
-
 def pair_of(config: ModelConfig, tensors: dict[str, Tensor], processor: Processor, native: bool) -> GGUFPair:
+    """The files of a model; ``native`` false re-expresses a dense one, too."""
     pair = gguf_pair(config, tensors, processor, name="random")
     if not native and pair.text.arch == "gemma":
         other = text_model(config, tensors, native=False)
