@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gm_mlx.cli.conversion import Changed, Opened
+from gm_mlx.errors import UserError
 
 if TYPE_CHECKING:
     from gm_mlx.config import ModelConfig
@@ -47,7 +48,6 @@ def plan_gguf(quantize: str | None, imatrix: Path | None, layout: PositionLayout
     from gm_mlx.convert.to_gguf.imatrix import read_imatrix
     from gm_mlx.convert.to_gguf.quantize import check_quantizer
     from gm_mlx.convert.to_gguf.types import FLOAT_TYPES, find_target
-    from gm_mlx.errors import UserError
     from gm_mlx.quant.recipes import RECIPES
 
     target = None
@@ -111,8 +111,6 @@ def write_gguf_form(
 
 def _layout(config: ModelConfig, asked: PositionLayout | None) -> tuple[PositionLayout, list[str]]:
     """The layout to write, with a note where it is a guess."""
-    from gm_mlx.errors import UserError
-
     if asked is not None or not config.vision_config.is_clip:
         return asked or "cls_first", []
     from gm_mlx.llama.probe import needed_layout

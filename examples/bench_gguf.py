@@ -145,10 +145,9 @@ def active(header: GGUFHeader) -> tuple[int, int]:
     for name, tensor in header.tensors.items():
         share = used / experts if "_exps" in name else 1
         num_bytes += int(tensor.nbytes * share)  # the embedding is the head: read whole, once
-        size = 1
-        for length in tensor.shape:
-            size *= length
-        num_weights += 0 if "token_embd" in name else int(size * share)  # of a prompt only the last row has logits
+        num_weights += (
+            0 if "token_embd" in name else int(math.prod(tensor.shape) * share)
+        )  # of a prompt only the last row has logits
     return num_bytes, num_weights
 
 

@@ -16,7 +16,7 @@ import mlx.core as mx
 from gm_mlx.config import ModelConfig
 from gm_mlx.errors import UserError
 from gm_mlx.model import Model
-from gm_mlx.new_folder import check_out, check_space, new_folder
+from gm_mlx.new_folder import SIDE_FILES_BYTES, check_out, check_space, new_folder
 from gm_mlx.processor import Processor
 from gm_mlx.safetensors_header import Entry
 from gm_mlx.safetensors_writer import DTYPE_NAMES, MLX_DTYPES, bytes_of, num_bytes, write_safetensors
@@ -36,7 +36,6 @@ from gm_mlx.weights import (
 )
 
 MAX_SHARD_BYTES = 5 << 30
-SIDE_FILES_BYTES = 16 << 20  # room for the tokenizer and the like
 
 
 def read_model_folder(folder: Path) -> dict[str, Tensor]:

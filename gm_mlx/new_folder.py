@@ -24,6 +24,7 @@ from gm_mlx.config import MODEL_TYPE
 from gm_mlx.errors import UserError
 
 BESIDE_GM_JSON = ("model.gguf", "adapter_model.safetensors")  # what shows that a folder is ours when it has no config
+SIDE_FILES_BYTES = 16 << 20  # room beside the weights, for the tokenizer and the like
 REASONS = {
     errno.ENOSPC: "the disk is full; make room or write elsewhere",
     errno.EDQUOT: "your share of the disk is used up; make room or write elsewhere",

@@ -27,11 +27,10 @@ from gm_mlx.convert.to_gguf.imatrix import (
     Entry,
     ImportanceMatrix,
     matrix_from_sums,
-    matrix_names,
     read_imatrix,
     write_imatrix,
 )
-from gm_mlx.convert.to_gguf.text import is_native
+from gm_mlx.convert.to_gguf.text import is_native, matrix_names
 from gm_mlx.convert.to_gguf.types import find_target
 from gm_mlx.convert.to_gguf.write import write_gguf
 from gm_mlx.errors import UserError

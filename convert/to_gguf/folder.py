@@ -16,16 +16,15 @@ from gm_mlx.convert.to_gguf.tokenizer import tokenizer_metadata
 from gm_mlx.convert.to_gguf.types import Target, find_target
 from gm_mlx.convert.to_gguf.vision import PositionLayout, vision_model
 from gm_mlx.convert.to_gguf.write import file_bytes, write_gguf
-from gm_mlx.new_folder import check_out, check_space, new_folder
+from gm_mlx.gguf_files import MODEL_FILE
+from gm_mlx.new_folder import SIDE_FILES_BYTES, check_out, check_space, new_folder
 from gm_mlx.processor import Processor
 from gm_mlx.tensors import Tensor
 from gm_mlx.weights import json_text
 
 VERSION = 1  # of the keys "gm.*"
-MODEL_FILE = "model.gguf"
 MMPROJ_FILE = "mmproj.gguf"
 PLAIN_FILE = "plain.gguf"  # what a quantizer starts from; gone when it is done
-SIDE_FILES_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gm_mlx.config import TextConfig
-from gm_mlx.convert.to_gguf.text import ATTENTION, LAYERS, NETWORK, ZERO_WIDTH, check_expressible, is_native
+from gm_mlx.convert.to_gguf.text import ZERO_WIDTH, check_expressible, is_native, matrix_names
 from gm_mlx.errors import UserError
 from gm_mlx.gguf_file import MAGIC, MAX_NAME, GGUFHeader, read_header
 
@@ -109,20 +109,6 @@ def matrix_from_sums(
     for name, width in _zero_matrices(text):
         entries[name] = Entry(np.zeros((1, width), np.float32), np.zeros(1, np.int64))
     return ImportanceMatrix(entries, [dataset], num_samples, max(1, num_tokens // num_samples))
-
-
-def matrix_names(text: TextConfig) -> dict[str, str]:
-    """The name in a GGUF file of each linear of the decoder's layers, by our path of it."""
-    names: dict[str, str] = {}
-    first = 0 if is_native(text) else 1  # the layer that only scales comes before ours
-    for i in range(text.num_hidden_layers):
-        ours, theirs = f"{LAYERS}.{i}", f"blk.{i + first}"
-        names |= {
-            f"{ours}.self_attn.{old}": f"{theirs}.{new}" for old, new in {**ATTENTION, "v_proj": "attn_v"}.items()
-        }
-        place, suffix = ("switch_mlp.", "_exps") if i in text.sparse_layers else ("", "")
-        names |= {f"{ours}.mlp.{place}{old}": f"{theirs}.{new}{suffix}" for old, new in NETWORK.items()}
-    return {path: f"{name}.weight" for path, name in names.items()}
 
 
 def _zero_matrices(text: TextConfig) -> Iterator[tuple[str, int]]:

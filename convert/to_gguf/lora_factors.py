@@ -31,9 +31,17 @@ from dataclasses import dataclass
 
 from gm_mlx.config import TextConfig
 from gm_mlx.convert.checkpoint import Checkpoint
-from gm_mlx.convert.to_gguf.imatrix import matrix_names
 from gm_mlx.convert.to_gguf.pieces import GGUFModel, Piece, changed
-from gm_mlx.convert.to_gguf.text import EMBEDDING, EPS, HEAD, LAYERS, VALUE_SCALE, check_expressible, is_native
+from gm_mlx.convert.to_gguf.text import (
+    EMBEDDING,
+    EPS,
+    HEAD,
+    LAYERS,
+    VALUE_SCALE,
+    check_expressible,
+    is_native,
+    matrix_names,
+)
 from gm_mlx.errors import UserError
 from gm_mlx.lora.pairs import OTHER_BASE, Pair, pairs_by_path, stacked, times
 from gm_mlx.lora.peft import Factors, lora_alone, unwrap

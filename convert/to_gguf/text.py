@@ -70,6 +70,20 @@ def is_native(text: TextConfig) -> bool:
     return not text.sparse_layers and text.tie_word_embeddings
 
 
+def matrix_names(text: TextConfig) -> dict[str, str]:
+    """The name in a GGUF file of each linear of the decoder's layers, by our path of it."""
+    names: dict[str, str] = {}
+    first = 0 if is_native(text) else 1  # the layer that only scales comes before ours
+    for i in range(text.num_hidden_layers):
+        ours, theirs = f"{LAYERS}.{i}", f"blk.{i + first}"
+        names |= {
+            f"{ours}.self_attn.{old}": f"{theirs}.{new}" for old, new in {**ATTENTION, "v_proj": "attn_v"}.items()
+        }
+        place, suffix = ("switch_mlp.", "_exps") if i in text.sparse_layers else ("", "")
+        names |= {f"{ours}.mlp.{place}{old}": f"{theirs}.{new}{suffix}" for old, new in NETWORK.items()}
+    return {path: f"{name}.weight" for path, name in names.items()}
+
+
 def check_expressible(text: TextConfig) -> None:
     """Refuse a decoder that neither architecture is; raises ``UserError`` with the key and the reason."""
     moe = text.moe if text.sparse_layers else None
