@@ -17,7 +17,7 @@ import mlx.nn as nn
 from gm_mlx._mlx_lm import create_attention_mask, scaled_dot_product_attention
 from gm_mlx.config import TextConfig
 from gm_mlx.moe import SparseMLP, make_mlp
-from gm_mlx.router import Routing
+from gm_mlx.router import Positions, Routing
 
 Cache = list[Any]  # one mlx-lm cache object per layer
 
@@ -84,13 +84,18 @@ class Block(nn.Module):
         self.mlp = SparseMLP(config, config.moe, layer) if sparse else make_mlp(config)  # type: ignore[arg-type]
 
     def __call__(
-        self, x: mx.array, mask: mx.array | str | None, cache: Any = None, trace: list[Routing] | None = None
+        self,
+        x: mx.array,
+        mask: mx.array | str | None,
+        cache: Any = None,
+        trace: list[Routing] | None = None,
+        positions: Positions | None = None,
     ) -> mx.array:
         h = self.input_layernorm(x)
         x = x + self.self_attn(h, mask, cache)
         if "post_attention_layernorm" in self:
             h = self.post_attention_layernorm(x)
-        return x + (self.mlp(h, trace) if isinstance(self.mlp, SparseMLP) else self.mlp(h))
+        return x + (self.mlp(h, trace, positions) if isinstance(self.mlp, SparseMLP) else self.mlp(h))
 
 
 class DecoderStack(nn.Module):
@@ -102,12 +107,18 @@ class DecoderStack(nn.Module):
         self.layers = [Block(config, i) for i in range(config.num_hidden_layers)]
         self.norm = make_norm(config)
 
-    def __call__(self, x: mx.array, cache: Cache | None = None, trace: list[Routing] | None = None) -> mx.array:
+    def __call__(
+        self,
+        x: mx.array,
+        cache: Cache | None = None,
+        trace: list[Routing] | None = None,
+        positions: Positions | None = None,
+    ) -> mx.array:
         """Hidden states [B, L, D] of embeddings [B, L, D], normalised and ready for the head."""
         caches = cache or [None] * len(self.layers)
         mask = create_attention_mask(x, caches[0])
         for block, block_cache in zip(self.layers, caches, strict=True):
-            x = block(x, mask, block_cache, trace)
+            x = block(x, mask, block_cache, trace, positions)
         return self.norm(x)
 
 

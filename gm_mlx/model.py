@@ -15,7 +15,7 @@ import numpy as np
 from gm_mlx.config import ModelConfig
 from gm_mlx.decoder import Block, Cache, LanguageModel
 from gm_mlx.projector import Projector
-from gm_mlx.router import Routing
+from gm_mlx.router import Positions, Routing
 from gm_mlx.vision import VisionTower
 
 
@@ -75,9 +75,15 @@ class Model(nn.Module):
         x[rows, columns] = features.reshape(-1, features.shape[-1])
         return x
 
-    def hidden(self, x: mx.array, cache: Cache | None = None, trace: list[Routing] | None = None) -> mx.array:
-        """Hidden states [B, L, D] of embeddings [B, L, D]; see ``DecoderStack`` and ``Routing``."""
-        return self.language_model.model(x, cache, trace)
+    def hidden(
+        self,
+        x: mx.array,
+        cache: Cache | None = None,
+        trace: list[Routing] | None = None,
+        positions: Positions | None = None,
+    ) -> mx.array:
+        """Hidden states [B, L, D] of embeddings [B, L, D]; see ``DecoderStack``, ``Routing`` and ``Positions``."""
+        return self.language_model.model(x, cache, trace, positions)
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Logits [B, L, V] of hidden states [B, L, D]."""

@@ -13,7 +13,7 @@ import mlx.nn as nn
 from gm_mlx._mlx_lm import SwitchGLU, SwitchMLP
 from gm_mlx.activations import ACTIVATIONS
 from gm_mlx.config import MoEConfig, TextConfig, VisionConfig
-from gm_mlx.router import Routing, choose, make_router
+from gm_mlx.router import Positions, Routing, choose, make_router
 
 
 class GLU:
@@ -96,7 +96,7 @@ class SparseMLP(nn.Module):
             self.mlp = make_mlp(config)
             self.coefficient = Coefficient(config.hidden_size)
 
-    def __call__(self, x: mx.array, trace: list[Routing] | None = None) -> mx.array:
+    def __call__(self, x: mx.array, trace: list[Routing] | None = None, positions: Positions | None = None) -> mx.array:
         """[B, L, D] to [B, L, D]; appends this layer's ``Routing`` to ``trace`` when one is given."""
         probabilities, experts, weights = choose(self.gate(x), self.top_k, self.norm_topk_prob)
         if trace is not None:

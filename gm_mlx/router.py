@@ -41,6 +41,18 @@ class Routing(NamedTuple):
     weights: mx.array
 
 
+class Positions(NamedTuple):
+    """What sparse layers may know of the positions of a pass, beside their hidden states.
+
+    Attributes:
+        real: bool [B, L], False on padding; None when there is none.
+        image: bool [B, L], True where a position is an image's; None for requests without images.
+    """
+
+    real: mx.array | None = None
+    image: mx.array | None = None
+
+
 class Router(nn.Module):
     """One row of logits weights per expert, without bias (``gate.wg`` in DeepSpeed)."""
 
