@@ -11,19 +11,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gm_mlx.chat_template import BOS, GEMMA, PLAIN, TEMPLATES, V1, ChatTemplate
+from gm_mlx.chat_template import BOS, GEMMA, OPENCHAT, PHI, PHI_END, PLAIN, TEMPLATES, V1, ChatTemplate
 from gm_mlx.config import ModelConfig
 from gm_mlx.convert.layouts.decoders import GEMMA as GEMMA_DECODER
 from gm_mlx.convert.layouts.decoders import Decoder
+from gm_mlx.convert.tokenizers import converted_files
 from gm_mlx.convert.values import Values
 from gm_mlx.errors import UserError
 from gm_mlx.images import CLIP_MEAN, CLIP_STD, HALF, ImageConfig, Mode
 from gm_mlx.processor import Processor
-from gm_mlx.tokenizer import Tokenizer, load_tokenizer
+from gm_mlx.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 
-# OpenChat, the Mistral that MoE-LLaVA was trained with: v1 but for its end of an answer.
-OPENCHAT_END = "<|end_of_turn|>"
-OPENCHAT = replace(V1, name="openchat", answer_end=OPENCHAT_END, controls=(OPENCHAT_END,), stop_strings=())
 # What a folder's own jinja template has in it if it is one of ours.
 JINJA_MARKS = (("<start_of_turn>", GEMMA), ("ASSISTANT:", V1))
 
@@ -37,12 +35,20 @@ PREPROCESSING: dict[str, tuple[object, ...]] = {
 
 
 def find_tokenizer(folders: Sequence[Path]) -> Tokenizer:
-    """The tokenizer of the first folder that has one; raises ``UserError`` if none has."""
-    files = ("tokenizer.model", "tokenizer.json")
-    folder = next((each for each in folders if any((each / name).is_file() for name in files)), folders[0])
-    return load_tokenizer(
-        folder, controls={name for template in (*TEMPLATES.values(), OPENCHAT) for name in template.controls}
-    )
+    """The tokenizer of the first folder that has one, converted if it is none that is read as it is.
+
+    Its ``vocab_size`` is the length to which MoE-LLaVA's loader cuts the embedding and the head.
+
+    Raises:
+        UserError: no folder has one, or its files are damaged.
+    """
+    controls = {name for template in TEMPLATES.values() for name in template.controls}
+    for folder in folders:
+        if any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
+            return load_tokenizer(folder, controls)
+        if files := converted_files(folder):
+            return make_tokenizer(files, folder, controls)
+    return load_tokenizer(folders[0])  # says what is missing
 
 
 def choose_template(
@@ -164,7 +170,10 @@ def image_token(tokenizer: Tokenizer) -> int:
 def _of_decoder(decoder: Decoder, tokenizer: Tokenizer) -> ChatTemplate:
     if decoder is GEMMA_DECODER and _has_controls(GEMMA, tokenizer):
         return GEMMA
-    return OPENCHAT if _has_controls(OPENCHAT, tokenizer) else V1
+    if _has_controls(OPENCHAT, tokenizer):
+        return OPENCHAT
+    ends_like_phi = tokenizer.eos_id is not None and tokenizer.eos_id == tokenizer.id_of(PHI_END)
+    return PHI if ends_like_phi else V1
 
 
 def _has_controls(template: ChatTemplate, tokenizer: Tokenizer) -> bool:

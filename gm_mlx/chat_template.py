@@ -4,7 +4,7 @@ A template is a handful of strings that is stored in the model folder, so a mode
 from its name. Rendering yields segments and not one string: the template's own text may hold control tokens, a user's
 text never does, and an image slot is not text at all. ``to_jinja`` writes the same template for other tools.
 
-Sources: the conversation templates of LLaVA (v1, plain), LLaVA-Gemma (gemma) and MoE-LLaVA.
+Sources: the conversation templates of LLaVA (v1, plain), LLaVA-Gemma (gemma) and MoE-LLaVA (openchat, phi).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from gm_mlx.errors import UserError
@@ -130,8 +130,16 @@ V1 = ChatTemplate(
     stop_strings=("</s>",),
 )
 PLAIN = ChatTemplate(name="plain", image_end="", answer_end="\n", stop_strings=("\n",))
+# MoE-LLaVA's other templates are v1 but for their end of an answer. Its Phi-2, Qwen and StableLM have no BOS.
+OPENCHAT_END = "<|end_of_turn|>"
+OPENCHAT = replace(V1, name="openchat", answer_end=OPENCHAT_END, controls=(OPENCHAT_END,), stop_strings=(OPENCHAT_END,))
+PHI_END = "<|endoftext|>"
+PHI = replace(V1, name="phi", bos=False, answer_end=PHI_END, controls=(PHI_END,), stop_strings=(PHI_END,))
+# Families that are written as another is; Eve's is MobileVLM's, which is v1.
+SAME = {"vicuna": V1, "mistral": V1, "eve": V1, "qwen": PHI, "stablelm": PHI}
 
-TEMPLATES = {template.name: template for template in (GEMMA, V1, PLAIN)}
+TEMPLATES = {template.name: template for template in (GEMMA, V1, PLAIN, OPENCHAT, PHI)}
+TEMPLATES |= {name: replace(template, name=name) for name, template in SAME.items()}
 
 
 def render(

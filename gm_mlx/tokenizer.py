@@ -28,7 +28,7 @@ CONTROL_NAMES = (
     *("<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>", "<image>", "<image_soft_token>"),
     *("<|endoftext|>", "<|end_of_turn|>", "<|im_start|>", "<|im_end|>"),
 )
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "added_tokens.json")
 
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
@@ -142,7 +142,8 @@ def load_tokenizer(folder: str | Path, controls: Iterable[str] = ()) -> Tokenize
     """Loads the tokenizer of a model folder: ``tokenizer.model`` if there is one, else ``tokenizer.json``.
 
     Args:
-        folder: The model folder. ``tokenizer_config.json`` is read too if it is there, for added and special tokens.
+        folder: The model folder. ``tokenizer_config.json`` is read too if it is there, for added and special tokens,
+            and so is ``added_tokens.json``, where transformers kept added tokens before 4.34.
         controls: Further tokens that text must never produce, such as a chat template's turn markers.
 
     Raises:
@@ -150,7 +151,21 @@ def load_tokenizer(folder: str | Path, controls: Iterable[str] = ()) -> Tokenize
     """
     folder = Path(folder)
     files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
-    settings = _settings(folder, files.get("tokenizer_config.json", b"{}"))
+    return make_tokenizer(files, folder, controls)
+
+
+def make_tokenizer(files: dict[str, bytes], folder: Path, controls: Iterable[str] = ()) -> Tokenizer:
+    """Makes a tokenizer of the content of its files; see ``load_tokenizer``.
+
+    Args:
+        files: The files' content by name, of which at least one is a tokenizer.
+        folder: Where they came from, for error messages.
+        controls: As for ``load_tokenizer``.
+
+    Raises:
+        UserError: As for ``load_tokenizer``.
+    """
+    settings = _settings(folder, files)
     protected = {*CONTROL_NAMES, *controls, *settings.special}
     if "tokenizer.model" in files:
         return _from_sentencepiece(folder / "tokenizer.model", files, settings, protected)
@@ -161,16 +176,20 @@ def load_tokenizer(folder: str | Path, controls: Iterable[str] = ()) -> Tokenize
 
 @dataclass(frozen=True)
 class _Settings:
-    """What tokenizer_config.json adds: names of BOS, EOS and PAD, extra ids, and which of them are special."""
+    """What two other files add: names of BOS, EOS and PAD, extra ids, and which of them are special."""
 
     names: dict[str, str]
     added: dict[str, int]
     special: set[str]
 
 
-def _settings(folder: Path, content: bytes) -> _Settings:
+def _settings(folder: Path, files: dict[str, bytes]) -> _Settings:
     try:
-        config = json.loads(content)
+        older = {content: int(token) for content, token in json.loads(files.get("added_tokens.json", b"{}")).items()}
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
+        raise UserError(f"{folder / 'added_tokens.json'}: not a table of tokens and their ids ({error!r})") from error
+    try:
+        config = json.loads(files.get("tokenizer_config.json", b"{}"))
         # A token is written as its text or as {"content": its text, ...}.
         names = {
             key.removesuffix("_token"): token["content"] if isinstance(token, dict) else token
@@ -182,7 +201,7 @@ def _settings(folder: Path, content: bytes) -> _Settings:
         special = {entry["content"] for entry in entries.values() if entry.get("special")}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder / 'tokenizer_config.json'}: not a tokenizer configuration ({error!r})") from error
-    return _Settings(names, added, special | set(names.values()))
+    return _Settings(names, older | added, special | set(names.values()))
 
 
 def _from_sentencepiece(path: Path, files: dict[str, bytes], settings: _Settings, protected: set[str]) -> Tokenizer:
@@ -281,7 +300,7 @@ def _from_tokenizers(path: Path, files: dict[str, bytes], settings: _Settings, p
         if token in added:
             return piece.encode()
         if byte_level:
-            return bytes(_BYTE_OF_CHAR[char] for char in piece)
+            return bytes(BYTE_OF_CHAR[char] for char in piece)
         byte = _BYTE_PIECE.fullmatch(piece)
         return bytes.fromhex(byte[1]) if byte else piece.replace(_SPACE, " ").encode()
 
@@ -331,4 +350,4 @@ def _byte_alphabet() -> dict[str, int]:
     return alphabet | {chr(256 + index): byte for index, byte in enumerate(others)}
 
 
-_BYTE_OF_CHAR = _byte_alphabet()
+BYTE_OF_CHAR = _byte_alphabet()

@@ -11,11 +11,10 @@ import pytest
 from PIL import Image
 from tiny_tokenizer import write_sentencepiece, write_tokenizers
 
-from gm_mlx.chat_template import TEMPLATES
+from gm_mlx.chat_template import OPENCHAT_END, TEMPLATES
 from gm_mlx.config import VisionConfig
 from gm_mlx.convert.layouts.decoders import GEMMA, LLAMA, MISTRAL
 from gm_mlx.convert.preparation import (
-    OPENCHAT_END,
     choose_template,
     find_tokenizer,
     image_config,

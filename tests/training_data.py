@@ -13,8 +13,7 @@ from typing import Any
 from fixtures import picture
 from tiny_tokenizer import TURNS, write_sentencepiece, write_tokenizers
 
-from gm_mlx.chat_template import GEMMA, PLAIN, V1, ChatTemplate
-from gm_mlx.convert.preparation import OPENCHAT
+from gm_mlx.chat_template import GEMMA, OPENCHAT, PLAIN, V1, ChatTemplate
 from gm_mlx.images import ImageConfig
 from gm_mlx.processor import Processor
 from gm_mlx.tokenizer import load_tokenizer
