@@ -62,6 +62,7 @@ def made_forms(
         UserError: the source or preset is not there or cannot take a form, or the disk is too small.
     """
     opened = _open(source, preset, seed)
+    _check_gguf(opened.translation.config, names)
     if keep is not None and os.path.lexists(keep):
         raise UserError(f"--keep {keep}: exists; choose another folder, or bench the models in it by their names")
     folder = Path(mkdtemp(prefix="gm-mlx-bench-")) if keep is None else _made(keep)
@@ -74,6 +75,19 @@ def made_forms(
     finally:
         if keep is None or not done:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_gguf(config: ModelConfig, names: Sequence[str]) -> None:
+    """Refuse types of llama.cpp for a decoder that it does not have, before anything is written."""
+    from gm_mlx.convert.to_gguf.text import check_expressible
+
+    recipes = [name for name in names if _is_recipe(name)]
+    if len(recipes) == len(names):
+        return
+    try:
+        check_expressible(config.text_config)
+    except UserError as error:
+        raise UserError(f"{error}: name recipes only, such as --quantize {','.join(recipes) or 'q4'}") from None
 
 
 def is_checkpoint(source: str) -> bool:

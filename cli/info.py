@@ -186,7 +186,10 @@ def _show(subject: Subject, counted: Footprint, recipe: str | None, device: str 
     kind = f"folder {subject.folder}" if subject.folder else f"preset, {recipe or 'float16'}"
     sparse = ""
     if text.moe is not None:
-        sparse = f", {len(text.sparse_layers)} with {text.moe.num_experts} experts, {text.moe.top_k} per token"
+        what = f"{text.moe.num_experts} experts, {text.moe.top_k} per token"
+        if text.moe.kind == "evf":
+            what = "a language FFN and a vision FFN, 1 per token"
+        sparse = f", {len(text.sparse_layers)} with {what}"
     print(f"{subject.name} ({kind})")
     print(
         f"{text.num_hidden_layers} layers of width {text.hidden_size}{sparse}; "

@@ -20,7 +20,7 @@ from gm_mlx.tensors import Tensor
 
 
 def moe_config(
-    config: Values, tensors: Mapping[str, Tensor], num_layers: int
+    config: Values, tensors: Mapping[str, Tensor], num_layers: int, kind: str = "experts"
 ) -> tuple[dict[str, Any] | None, list[str]]:
     """The fields of ``MoEConfig``, or None for a dense model, with notes for the user.
 
@@ -28,6 +28,7 @@ def moe_config(
         config: the checkpoint's config.
         tensors: its tensors under gm-mlx's names, experts one by one.
         num_layers: the decoder's layers.
+        kind: what the experts of a layer are; see ``Layout``.
 
     Raises:
         UserError: the table is missing, is not that of the tensors, or means a gate that is not built here.
@@ -57,6 +58,8 @@ def moe_config(
             "moe_layers_idx", f"is {listed} where the tensors have experts in layers {layers}; correct the file"
         )
     residual = moe.get("use_residual", bool, False)
+    if kind == "evf":
+        _check_elastic(moe, num_experts, top_k, residual)
     _check_layers(moe, tensors, experts, num_experts, residual)
 
     modes = [mode for mode, choose in LAYER_MODES.items() if choose(num_layers) == layers]
@@ -71,8 +74,39 @@ def moe_config(
         "norm_topk_prob": top_k > 1,
         "use_residual": residual,
         "aux_loss_coef": moe.get("router_aux_loss_coef", float, 0.01),
+        "kind": kind,
     }
     return fields, _capacity_note(moe, num_experts, top_k)
+
+
+def _check_elastic(moe: Values, num_experts: int, top_k: int, residual: bool) -> None:
+    """Refuse what is no pair of a language FFN and a vision FFN, as Eve's paper describes it."""
+    for key, value, wanted in (("num_experts", num_experts, 2), ("top_k_experts", top_k, 1)):
+        if value != wanted:
+            raise moe.error(key, f"is {value}, and Eve has a language FFN and a vision FFN and uses one of them; {FIX}")
+    if residual:
+        raise moe.error(
+            "use_residual",
+            "is true, which Eve's paper does not have beside its two FFNs; such a model is not known here",
+        )
+
+
+# Eve's experts, by their number.
+ELASTIC = ("language_ffn", "vision_ffn")
+
+
+def name_networks(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All tensors, those of Eve's experts by the names of its two FFNs.
+
+    Args:
+        tensors: tensors as ``moe_config`` has checked them.
+    """
+    named = {}
+    for name, tensor in tensors.items():
+        if match := EXPERT.fullmatch(name):
+            name = f"{match[1]}.{ELASTIC[int(match[2])]}.{match[3]}"
+        named[name] = tensor
+    return named
 
 
 def stack_experts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

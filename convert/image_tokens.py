@@ -23,6 +23,11 @@ def set_image_tokens(made: Translation, tokens: int) -> Translation:
         UserError: the model cannot have that number. The message lists those that it can have.
     """
     config, grid = made.config, made.config.vision_config.grid
+    if config.projector_type != "mlp2x_gelu":
+        raise UserError(
+            f"--image-tokens {tokens}: its projector {config.projector_type!r} makes {config.num_image_tokens} tokens; "
+            "leave it out"
+        )
     if not config.features_are_grid:
         raise UserError(
             f"--image-tokens {tokens}: a model with vision_feature_select_strategy "

@@ -6,16 +6,18 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from gm_mlx.convert.layouts.decoders import DECODERS, GEMMA, LLAMA, UNSUPPORTED, Decoder
+from gm_mlx.convert.layouts.decoders import DECODERS, GEMMA, LLAMA, REQUIRED, UNSUPPORTED, Decoder
 from gm_mlx.convert.values import Values
 from gm_mlx.errors import UserError
 from gm_mlx.tensors import Tensor
 
 EMBEDDING = "language_model.model.embed_tokens.weight"
 HEAD = "language_model.lm_head.weight"
+HEAD_BIAS = "language_model.lm_head.bias"
 LAYER = re.compile(r"language_model\.model\.layers\.(\d+)\.(.*)")
 TANH_GELU = "gelu_pytorch_tanh"
 GELUS = ("gelu", "gelu_new", "gelu_fast", TANH_GELU)
+SAME_GELU = ("gelu_new", "gelu_fast")  # transformers has the tanh GELU three times
 
 
 def find_decoder(config: Values, names: Iterable[str]) -> tuple[Decoder, list[str]]:
@@ -62,26 +64,27 @@ def text_config(decoder: Decoder, config: Values, tensors: Mapping[str, Tensor])
     config.refuse(decoder.refused)
     fields: dict[str, Any] = dict(decoder.fixed)
     for field, key in decoder.keys.items():
-        default = decoder.defaults[field]
-        fields[field] = config.get(key, float if isinstance(default, float) else int, default)
+        fields[field] = _field(decoder, config, field, key)
+    fields["intermediate_size"] //= decoder.ffn_parts
+    fields.setdefault("num_key_value_heads", None)
     if fields["num_key_value_heads"] is None:
         fields["num_key_value_heads"] = fields["num_attention_heads"]
     if fields["head_dim"] is None:
         fields["head_dim"] = fields["hidden_size"] // max(fields["num_attention_heads"], 1)
-    fields["rope_theta"] = _rope_theta(config, fields["rope_theta"])
-    fields["attention_bias"] = "all" if config.get("attention_bias", bool, False) else "none"
+    fields["rope_theta"] = _rope_theta(decoder, config, fields["rope_theta"])
+    if decoder.bias is not None:
+        key, biased, which = decoder.bias
+        fields["attention_bias"] = which if config.get(key, bool, biased) else "none"
+    fields |= _pangu_layers(tensors)
     _check_dimensions(decoder, config, fields, tensors)
 
     notes = []
-    activation = fields["hidden_act"] = _activation(config, decoder)
+    activation = _activation(config, decoder)
+    fields["hidden_act"] = TANH_GELU if activation in SAME_GELU else activation
     if decoder is GEMMA and activation != TANH_GELU:
         fields["hidden_act"] = TANH_GELU
         notes.append(f"config.json says {activation!r}; Gemma was trained with the tanh GELU, which is used")
-    window = (
-        config.get("sliding_window", int)
-        if "sliding_window" in config.table
-        else decoder.defaults.get("sliding_window")
-    )
+    window = _window(decoder, config)
     if window and window < fields["max_position_embeddings"]:
         notes.append(
             f"the decoder's attention reaches back {window} positions; the context is limited to that, within which "
@@ -91,19 +94,54 @@ def text_config(decoder: Decoder, config: Values, tensors: Mapping[str, Tensor])
     return fields, notes
 
 
+def _field(decoder: Decoder, config: Values, field: str, key: str) -> Any:
+    """What a config says of a field, in the family's words or its older ones; else what its class assumes."""
+    default = decoder.defaults[field]
+    kind = float if field in FRACTIONS else int
+    if key == "partial_rotary_factor":  # transformers 5 keeps it in the table that ``_rope_theta`` reads
+        config = next((rope for table in ROPE if key in (rope := config.inner(table)).table), config)
+    value = config.get(key, kind)
+    if value is None and key in decoder.older:
+        value = config.get(decoder.older[key], kind)
+    if value is None and default == REQUIRED:
+        raise config.error(key, f"is missing, and {decoder.title} models differ in it; copy it from the model's source")
+    return default if value is None else value
+
+
+FRACTIONS = ("rms_norm_eps", "rope_theta", "partial_rotary_factor")
+ROPE = ("rope_scaling", "rope_parameters")
+
+
+def _window(decoder: Decoder, config: Values) -> int | None:
+    """How far back attention reaches; None for to the beginning. Qwen names a window and says whether it is used."""
+    if not config.get("use_sliding_window", bool, decoder.defaults.get("use_sliding_window", True)):
+        return None
+    if "sliding_window" in config.table:
+        return config.get("sliding_window", int)
+    return decoder.defaults.get("sliding_window")
+
+
+def _pangu_layers(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """How many layers have second gates, and how wide the shortcuts of the others are; nothing if there are none."""
+    series = {match[1] for name in tensors if (match := LAYER.fullmatch(name)) and ".gate_proj2." in match[2]}
+    sizes = [tensor.shape[0] for name, tensor in tensors.items() if name.endswith(".attn_linear.linear_1.weight")]
+    return {"series_layers": len(series), "shortcut_size": sizes[0] if sizes else 0} if series or sizes else {}
+
+
 def _activation(config: Values, decoder: Decoder) -> str:
     """What config.json says; transformers 4.39 introduced ``hidden_activation``, which wins over ``hidden_act``."""
     return config.get("hidden_activation", str) or config.get("hidden_act", str) or decoder.activation
 
 
-def _rope_theta(config: Values, theta: float) -> float:
+def _rope_theta(decoder: Decoder, config: Values, theta: float) -> float:
     """The base of the rotary positions, which transformers 5 keeps in a table; other kinds of them are refused."""
-    for key in ("rope_scaling", "rope_parameters"):
+    for key in ROPE:
         rope = config.inner(key)
         kind = rope.get("rope_type", str) or rope.get("type", str, "default")
         if kind != "default":
             raise config.error(key, f"is of type {kind!r}, which this version cannot convert; it converts plain RoPE")
-        rope.refuse({"partial_rotary_factor": (None, 1)})
+        if "partial_rotary_factor" not in decoder.keys:
+            rope.refuse({"partial_rotary_factor": (None, 1)})
         theta = rope.get("rope_theta", float, theta)
     return float(theta)
 
@@ -112,7 +150,7 @@ def _rope_theta(config: Values, theta: float) -> float:
 DIMENSIONS = (
     (("vocab_size",), r"language_model\.model\.embed_tokens\.weight", 0),
     (("hidden_size",), r"language_model\.model\.embed_tokens\.weight", 1),
-    (("intermediate_size",), r".*\.mlp\.(?:experts\.\d+\.|mlp\.)?gate_proj\.weight", 0),
+    (("intermediate_size",), r".*\.mlp\.(?:experts\.\d+\.|mlp\.)?(?:gate_proj|fc1)\.weight", 0),
     (("num_attention_heads", "head_dim"), r"language_model\.model\.layers\.\d+\.self_attn\.q_proj\.weight", 0),
     (("num_key_value_heads", "head_dim"), r"language_model\.model\.layers\.\d+\.self_attn\.k_proj\.weight", 0),
 )
@@ -128,7 +166,10 @@ def _check_dimensions(
             said *= fields[field]
         for name, tensor in tensors.items():
             if re.fullmatch(pattern, name) and len(tensor.shape) == 2 and tensor.shape[axis] != said:
-                keys = " x ".join(decoder.keys[field] for field in parts)
+                keys = " x ".join(decoder.keys.get(field, field) for field in parts)
+                if parts == ("intermediate_size",):
+                    said *= decoder.ffn_parts
+                    keys += f" (of {decoder.ffn_parts} matrices)" if decoder.ffn_parts > 1 else ""
                 what = "rows" if axis == 0 else "columns"
                 raise config.error(
                     keys, f"is {said} where {name} has {tensor.shape[axis]} {what}; correct the file or fetch it again"

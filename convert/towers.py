@@ -5,13 +5,26 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from gm_mlx.config import ModelConfig
 from gm_mlx.convert.checkpoint import Checkpoint, open_checkpoint
+from gm_mlx.convert.layouts.eve import EVE
 from gm_mlx.convert.layouts.layout import Layout
-from gm_mlx.convert.layouts.towers import CLIP, FAMILIES, HF_LLAVA_DEFAULT, KNOWN_TOWERS, NAMES, STORED, UNUSED
+from gm_mlx.convert.layouts.towers import (
+    CLIP,
+    FAMILIES,
+    HF_LLAVA_DEFAULT,
+    KNOWN_TOWERS,
+    NAMES,
+    SIGLIP,
+    STORED,
+    UNUSED,
+    UNUSED_HEAD,
+)
+from gm_mlx.convert.timm_tower import TIMM, TIMM_KEY, TIMM_READ, TIMM_VALUE, is_timm, split_tower, timm_config
 from gm_mlx.convert.values import Values
 from gm_mlx.errors import UserError
 from gm_mlx.source_names import renamed
@@ -30,12 +43,14 @@ class Tower:
         tensors: its tensors under gm-mlx's names, all that it has.
         source: "checkpoint" or "folder".
         files: the files of a tower that has a folder of its own.
+        read: fields of ModelConfig that say what of the tower is read, where that is the tower's own.
     """
 
     config: dict[str, Any]
     tensors: dict[str, Tensor]
     source: str
     files: list[Path] = field(default_factory=list)
+    read: dict[str, Any] = field(default_factory=dict)
 
 
 def missing_tower(checkpoint: Checkpoint) -> str | None:
@@ -63,13 +78,20 @@ def find_tower(layout: Layout, config: Values, tensors: Mapping[str, Tensor], vi
         UserError: there is no tower, or it is none that can be built.
     """
     if vision is not None:
-        return _from_folder(vision)
+        tower = _from_folder(vision)
+        if layout is not EVE or config.get(TIMM_KEY, str) != TIMM_VALUE:
+            return tower
+        if tower.config["model_type"] != SIGLIP.model_type:
+            raise config.error(TIMM_KEY, f"is {TIMM_VALUE!r}, and {vision} has no SigLIP; give another --vision")
+        return _as_timm(tower)
     stored = {name: tensor for name, tensor in tensors.items() if name.startswith(STORED)}
     if not stored:
         tower_id = config.get(layout.tower_id, str) if layout.tower_id else None
         raise UserError(
             f"{config.file.parent}: holds no vision tower; give the folder of {tower_id or 'its tower'} with --vision"
         )
+    if is_timm(stored):
+        return _as_timm(Tower(timm_config(config.file.parent, stored), split_tower(stored), "checkpoint"))
     if not layout.vision:
         return Tower(_known_tower(layout, config, stored), stored, "checkpoint")
     described = config.inner(layout.vision)
@@ -78,20 +100,26 @@ def find_tower(layout: Layout, config: Values, tensors: Mapping[str, Tensor], vi
     return Tower(_vision_config(described), stored, "checkpoint")
 
 
-def used_tensors(tensors: Mapping[str, Tensor], num_layers: int) -> dict[str, Tensor]:
+def used_tensors(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """A tower's tensors without what stands behind the last layer that is read.
 
     Args:
         tensors: the tower's tensors under gm-mlx's names.
-        num_layers: the layers that are used.
+        config: the model.
     """
+    unused = UNUSED_HEAD if config.vision_config.post_norm else UNUSED
     used = {}
     for name, tensor in tensors.items():
         inner = name.removeprefix(STORED)
         layer = re.match(r"encoder\.layers\.(\d+)\.", inner)
-        if not re.fullmatch(UNUSED, inner) and not (layer and int(layer[1]) >= num_layers):
+        if not re.fullmatch(unused, inner) and not (layer and int(layer[1]) >= config.num_vision_layers_used):
             used[name] = tensor
     return used
+
+
+def _as_timm(tower: Tower) -> Tower:
+    """A SigLIP as Eve's code runs it."""
+    return replace(tower, config={**tower.config, **TIMM}, read=dict(TIMM_READ))
 
 
 def _from_folder(folder: Path) -> Tower:

@@ -16,16 +16,18 @@ from typing import Any
 
 import mlx.core as mx
 
-from gm_mlx.config import MODEL_TYPE, ModelConfig
+from gm_mlx.config import MODEL_TYPE, PROJECTOR_TYPES, ModelConfig
 from gm_mlx.convert.checkpoint import Checkpoint, open_checkpoint
-from gm_mlx.convert.experts import moe_config, stack_experts
+from gm_mlx.convert.experts import moe_config, name_networks, stack_experts
+from gm_mlx.convert.fused_attention import split_attention
 from gm_mlx.convert.layouts import LAYOUTS
 from gm_mlx.convert.layouts.decoders import GEMMA, Decoder
 from gm_mlx.convert.layouts.layout import Layout
+from gm_mlx.convert.layouts.moe_llava import MOE_LLAVA
 from gm_mlx.convert.layouts.towers import STORED
 from gm_mlx.convert.lora import merge_lora
 from gm_mlx.convert.preparation import choose_template, find_tokenizer, image_config, image_token, make_processor
-from gm_mlx.convert.text_config import EMBEDDING, HEAD, find_decoder, text_config
+from gm_mlx.convert.text_config import EMBEDDING, HEAD, HEAD_BIAS, find_decoder, text_config
 from gm_mlx.convert.towers import find_tower, used_tensors
 from gm_mlx.convert.values import Values
 from gm_mlx.errors import UserError
@@ -34,7 +36,6 @@ from gm_mlx.source_names import renamed
 from gm_mlx.tensors import Tensor
 from gm_mlx.weights import unread_model
 
-PATCHES = STORED + "embeddings.patch_embedding.weight"
 DIGEST_ROWS = 8192  # of an embedding in float32 at a time
 
 
@@ -85,18 +86,21 @@ def translate(
     config = Values(source.folders[0] / "config.json", source.config)
     layout = _find_layout(config, source.tensors)
     config.refuse(layout.refused)
+    projector_type = PROJECTOR_TYPES[0]
     if layout.projector_type:
-        config.refuse({layout.projector_type: (None, "mlp2x_gelu")})
+        config.refuse({layout.projector_type: (None, *PROJECTOR_TYPES)})
+        projector_type = config.get(layout.projector_type, str, projector_type)
     decoder_config = config.inner(layout.text) if layout.text else config
     decoder, notes = find_decoder(decoder_config, source.tensors)
-    tensors = _rename(source, layout, decoder)
+    tensors = split_attention(_rename(source, layout, decoder), "language_model.")
+    notes += _head_bias(config, layout, tensors)
 
     text, more = text_config(decoder, decoder_config, tensors)
     notes += more
     text["tie_word_embeddings"] = _ties(decoder, decoder_config, tensors)
     if text["tie_word_embeddings"]:
         tensors.pop(HEAD, None)
-    text["moe"], more = moe_config(config, tensors, text["num_hidden_layers"])
+    text["moe"], more = moe_config(config, tensors, text["num_hidden_layers"], layout.moe_kind)
     notes += more
     tower = find_tower(layout, config, tensors, vision)
     scale, more = _image_scale(decoder, layout, config, scale_image_features)
@@ -112,14 +116,16 @@ def translate(
             "image_token_index": image_token(tokenizer) if token is None or token < 0 else token,
             "vision_feature_layer": config.get(layout.feature_layer, int, -2),
             "vision_feature_select_strategy": _strategy(layout, config),
+            **tower.read,
             "projector_hidden_act": config.get("projector_hidden_act", str, "gelu"),
             "scale_image_features": scale,
+            "projector_type": projector_type,
         },
     )
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(STORED)}
-    tensors = stack_experts(tensors) | used_tensors(tower.tensors, model_config.num_vision_layers_used)
-    if PATCHES in tensors:
-        tensors[PATCHES] = _channels_last(tensors[PATCHES])
+    tensors = (name_networks if layout.moe_kind == "evf" else stack_experts)(tensors)
+    tensors |= used_tensors(tower.tensors, model_config)
+    tensors = {name: _convolution(tensor) if len(tensor.shape) == 4 else tensor for name, tensor in tensors.items()}
     unread_model(model_config, tensors, config.file.parent)
 
     chat, more = choose_template(
@@ -127,7 +133,8 @@ def translate(
     )
     notes += more
     image_folders = [*source.folders[:1], *([vision] if vision is not None else [])]
-    image = image_config(tower.config, config.get("image_aspect_ratio", str), image_folders)
+    # Eve's tower puts any image on a square.
+    image = image_config(tower.config, "pad" if tower.read else config.get("image_aspect_ratio", str), image_folders)
     processor = make_processor(model_config, tokenizer, chat, image, source.folders)
     provenance = {
         "layout": layout.title,
@@ -202,7 +209,7 @@ def _find_layout(config: Values, tensors: Mapping[str, Tensor]) -> Layout:
     known = ", ".join(layout.title for layout in LAYOUTS)
     raise UserError(
         f"{config.file.parent}: no tensor in it is a projector's, so it is no vision-language model of a known layout "
-        f"({known}); a language model alone is what --base takes"
+        f"({known}); a language model alone is what --base takes, and --new-projector"
     )
 
 
@@ -234,6 +241,19 @@ def _rename(source: _Source, layout: Layout, decoder: Decoder) -> dict[str, Tens
             f"{layout.title} ({', '.join(unknown[:3])}{more}); its config.json may be another model's"
         )
     return tensors
+
+
+def _head_bias(config: Values, layout: Layout, tensors: dict[str, Tensor]) -> list[str]:
+    """Drop the bias of Phi-2's head where MoE-LLaVA does, which builds that head without; with notes for the user."""
+    if HEAD_BIAS not in tensors:
+        return []
+    if layout is not MOE_LLAVA:
+        raise UserError(
+            f"{config.file.parent}: tensor lm_head.bias: a head with a bias, as Phi-2 has by itself, is not supported "
+            "by this version; MoE-LLaVA's models of Phi-2 have none and can be converted"
+        )
+    del tensors[HEAD_BIAS]
+    return ["the language model's lm_head.bias is left out, as MoE-LLaVA's code leaves it out"]
 
 
 def _ties(decoder: Decoder, config: Values, tensors: Mapping[str, Tensor]) -> bool:
@@ -302,7 +322,9 @@ def _model_config(file: Path, fields: dict[str, Any]) -> ModelConfig:
         raise UserError(f"{file}: {error}") from None
 
 
-def _channels_last(tensor: Tensor) -> Tensor:
-    """A convolution's weight [out, in, H, W] as MLX has it: [out, H, W, in]."""
+def _convolution(tensor: Tensor) -> Tensor:
+    """A convolution's weight [out, in, H, W] as MLX has it: [out, H, W, in]; one of a single pixel as a matrix."""
     out, channels, height, width = tensor.shape
+    if height == width == 1:
+        return Tensor(tensor.dtype, (out, channels), lambda: tensor.read().reshape(out, channels))
     return Tensor(tensor.dtype, (out, height, width, channels), lambda: tensor.read().transpose(0, 2, 3, 1))

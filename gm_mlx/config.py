@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
+from gm_mlx.config_checks import DESCRIPTIVE, build, check_activation, check_types, one_of
 from gm_mlx.errors import UserError
 
 MODEL_TYPE = "llava_gm"
@@ -30,19 +30,14 @@ LAYER_MODES = {
     "dense": lambda n: list(range(n)),
 }
 
-ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "quick_gelu", "silu")
 NORMS = ("rms", "layer")
 ATTENTION_BIASES = ("none", "qkv", "all")
+SPARSE_KINDS = ("experts", "evf")
+PROJECTOR_TYPES = ("mlp2x_gelu", "ldpnet", "ldpnetv2")
+LDPV2_GRID = 12  # side of the grid that LDPv2 makes of any other (MobileVLM V2, TokenDownLayer)
 
-# Keys of Hugging Face's text and vision configs that a LLaVA-GM has one value for, or that describe and do not shape.
-DESCRIPTIVE = frozenset(
-    {
-        "architectures", "attention_bias", "attention_dropout", "bos_token_id", "dropout", "dtype", "eos_token_id",
-        "hidden_activation", "image_seq_length", "initializer_factor", "initializer_range", "layer_norm_epsilon",
-        "model_type", "num_channels", "pad_token_id", "projection_dim", "quantization", "rope_parameters",
-        "rope_scaling", "torch_dtype", "transformers_version", "use_cache", "vision_use_head",
-    }
-)  # fmt: skip
+# What an elastic vision FFN is, beside its language FFN: Eve, "2 experts, top-1".
+EVF = {"num_experts": 2, "top_k": 1, "use_residual": False, "expert_size": 0}
 
 
 @dataclass(frozen=True)
@@ -60,6 +55,10 @@ class MoEConfig:
         use_residual: DeepSpeed's residual MoE: a dense FFN beside the experts, mixed by a learnt coefficient.
         aux_loss_coef: weight of the load-balancing loss in training.
         expert_size: neurons of an expert, or 0 for as many as a dense FFN has (``intermediate_size``).
+        kind: "experts", which are alike; or "evf", Eve's elastic vision FFN: a language FFN, a vision FFN and a router
+            over the two (see ``gm_mlx.evf``). ``num_experts`` is 2 and ``top_k`` 1 then.
+        modality_priority: of an "evf", what a position's own FFN has ahead of the other when one of them is chosen
+            (S_i and S_t, Eve eq. 3). 0 leaves the choice to the router alone.
     """
 
     num_experts: int = 4
@@ -71,9 +70,17 @@ class MoEConfig:
     use_residual: bool = False
     aux_loss_coef: float = 0.01
     expert_size: int = 0
+    kind: Literal["experts", "evf"] = "experts"
+    modality_priority: float = 1.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers_idx", tuple(self.layers_idx))
+        one_of("text_config.moe.kind", self.kind, SPARSE_KINDS)
+        for key, value in EVF.items() if self.kind == "evf" else ():
+            if getattr(self, key) != value:
+                raise UserError(f"text_config.moe.{key}: {getattr(self, key)!r} is not {value!r}, as kind 'evf' has it")
+        if not self.modality_priority >= 0:
+            raise UserError(f"text_config.moe.modality_priority: {self.modality_priority!r} is not 0 or more")
         if self.mode not in LAYER_MODES and self.mode != "custom":
             raise UserError(f"text_config.moe.mode: {self.mode!r} is not one of {[*LAYER_MODES, 'custom']}")
         if not 1 <= self.top_k <= self.num_experts:
@@ -102,6 +109,9 @@ class TextConfig:
         partial_rotary_factor: the share of a head that is rotated (StableLM 0.25, Phi-2 0.4).
         parallel_block: attention and FFN both read the block's one norm and are added together (Phi).
         gated: the FFN is ``down(act(gate x) * up x)`` without biases, or else ``fc2(act(fc1 x))`` with biases (Phi).
+        series_layers: the first so many layers have a second gate in their FFN (PanGu-pi; see ``gm_mlx.pangu``).
+        shortcut_size: channels inside the augmented shortcut around attention of all layers behind those (PanGu-pi);
+            0 for none.
     """
 
     hidden_size: int
@@ -123,20 +133,33 @@ class TextConfig:
     partial_rotary_factor: float = 1.0
     parallel_block: bool = False
     gated: bool = True
+    series_layers: int = 0
+    shortcut_size: int = 0
     moe: MoEConfig | None = None
 
     def __post_init__(self) -> None:
-        _check_activation("text_config", self.hidden_act)
-        for key, allowed in (("norm", NORMS), ("attention_bias", ATTENTION_BIASES)):
-            if getattr(self, key) not in allowed:
-                raise UserError(f"text_config.{key}: {getattr(self, key)!r} is not one of {list(allowed)}")
+        check_activation("text_config", self.hidden_act)
+        one_of("text_config.norm", self.norm, NORMS)
+        one_of("text_config.attention_bias", self.attention_bias, ATTENTION_BIASES)
         if not 0 < self.partial_rotary_factor <= 1 or self.rotary_dim % 2:
             raise UserError(
                 f"text_config.partial_rotary_factor: {self.partial_rotary_factor} of a head of {self.head_dim} is not "
                 "an even number of its channels"
             )
         if isinstance(self.moe, dict):
-            object.__setattr__(self, "moe", _from_dict(MoEConfig, self.moe, "text_config.moe"))
+            object.__setattr__(self, "moe", build(MoEConfig, self.moe, "text_config.moe"))
+        self._check_pangu()
+
+    def _check_pangu(self) -> None:
+        """Refuse second gates and shortcuts where nothing has a place for them."""
+        if self.series_layers and (not self.gated or self.series_layers > self.num_hidden_layers):
+            why = f"more than the {self.num_hidden_layers} layers" if self.gated else "for gated networks only"
+            raise UserError(f"text_config.series_layers: {self.series_layers} is {why}")
+        if self.shortcut_size and self.parallel_block:
+            raise UserError("text_config.shortcut_size: a parallel block has no place for a shortcut around attention")
+        experts = self.series_layers and self.moe is not None and self.moe.kind == "experts"
+        if experts and (layers := [i for i in self.sparse_layers if i < self.series_layers]):
+            raise UserError(f"text_config.series_layers: experts have one gate, and layer {layers[0]} has experts")
 
     @property
     def rotary_dim(self) -> int:
@@ -151,7 +174,12 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """A CLIP or a SigLIP vision transformer; ``model_type`` tells which (class token and pre-norm, or neither)."""
+    """A CLIP or a SigLIP vision transformer.
+
+    Attributes:
+        model_type: which of the two: with a class token and a norm before the first layer, or with neither.
+        post_norm: the tower's last norm is applied to what is read (Eve's SigLIP); LLaVA leaves it out.
+    """
 
     model_type: Literal["clip_vision_model", "siglip_vision_model"]
     hidden_size: int
@@ -162,13 +190,11 @@ class VisionConfig:
     patch_size: int
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
+    post_norm: bool = False
 
     def __post_init__(self) -> None:
-        _check_activation("vision_config", self.hidden_act)
-        if self.model_type not in ("clip_vision_model", "siglip_vision_model"):
-            raise UserError(
-                f"vision_config.model_type: {self.model_type!r} is not 'clip_vision_model' or 'siglip_vision_model'"
-            )
+        check_activation("vision_config", self.hidden_act)
+        one_of("vision_config.model_type", self.model_type, ("clip_vision_model", "siglip_vision_model"))
 
     @property
     def is_clip(self) -> bool:
@@ -198,6 +224,8 @@ class ModelConfig:
             decoders and later ones do not. The same weights answer differently under the two.
         spatial_pool_stride: projected features are averaged in squares of so many by so many patches (LLaVA-NeXT's
             ``mm_spatial_pool_stride``); 1 leaves them as they are.
+        projector_type: "mlp2x_gelu", LLaVA's two layers; or MobileVLM's "ldpnet" and "ldpnetv2", which make a quarter
+            as many tokens of 24 x 24 patches (see ``gm_mlx.projector``).
         extra: descriptive keys that came with ``config.json``; written back, never interpreted.
     """
 
@@ -209,17 +237,16 @@ class ModelConfig:
     projector_hidden_act: str = "gelu"
     scale_image_features: bool = False
     spatial_pool_stride: int = 1
+    projector_type: Literal["mlp2x_gelu", "ldpnet", "ldpnetv2"] = "mlp2x_gelu"
     extra: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
-        _check_activation("projector_hidden_act", self.projector_hidden_act)
+        check_activation("projector_hidden_act", self.projector_hidden_act)
         layers = self.vision_config.num_hidden_layers
         if not -layers - 1 <= self.vision_feature_layer <= layers:
             raise UserError(f"vision_feature_layer: {self.vision_feature_layer} is outside a tower of {layers} layers")
-        if self.vision_feature_select_strategy not in ("default", "full"):
-            raise UserError(
-                f"vision_feature_select_strategy: {self.vision_feature_select_strategy!r} is not 'default' or 'full'"
-            )
+        one_of("vision_feature_select_strategy", self.vision_feature_select_strategy, ("default", "full"))
+        one_of("projector_type", self.projector_type, PROJECTOR_TYPES)
         self._check_pooling()
 
     def _check_pooling(self) -> None:
@@ -227,11 +254,20 @@ class ModelConfig:
         stride, grid = self.spatial_pool_stride, self.vision_config.grid
         if stride < 1:
             raise UserError(f"spatial_pool_stride: {stride} is not 1 or more")
-        if stride > 1 and not self.features_are_grid:
+        ldp = self.projector_type != "mlp2x_gelu"
+        if (stride > 1 or ldp) and not self.features_are_grid:
+            what = (
+                f"projector_type: {self.projector_type!r} reads" if ldp else f"spatial_pool_stride: {stride} averages"
+            )
+            remedy = "choose the other" if ldp else "only 1 fits"
             raise UserError(
-                f"spatial_pool_stride: {stride} averages a grid of patches, but vision_feature_select_strategy "
+                f"{what} a grid of patches, but vision_feature_select_strategy "
                 f"{self.vision_feature_select_strategy!r} gives {self.num_image_features} features of {grid} x {grid} "
-                "patches; only 1 fits"
+                f"patches; {remedy}"
+            )
+        if stride > 1 and ldp:
+            raise UserError(
+                f"spatial_pool_stride: {stride}, but {self.projector_type!r} makes fewer tokens itself; only 1 fits"
             )
         if grid % stride:
             raise UserError(f"spatial_pool_stride: {stride} does not divide the {grid} patches of an image's side")
@@ -250,7 +286,10 @@ class ModelConfig:
     @property
     def num_image_tokens(self) -> int:
         """Positions that one image takes in the decoder's context."""
-        return self.num_image_features // self.spatial_pool_stride**2
+        if self.projector_type == "mlp2x_gelu":
+            return self.num_image_features // self.spatial_pool_stride**2
+        # LDP's second block has a stride of 2, and padding that keeps an odd side's last patch.
+        return ((self.vision_config.grid + 1) // 2 if self.projector_type == "ldpnet" else LDPV2_GRID) ** 2
 
     @property
     def num_vision_layers_used(self) -> int:
@@ -270,14 +309,14 @@ class ModelConfig:
         for key, kind in (("text_config", TextConfig), ("vision_config", VisionConfig)):
             if not isinstance(data.get(key), dict):
                 raise UserError(f"{key}: missing from the config")
-            data[key] = _from_dict(kind, data[key], key)
+            data[key] = build(kind, data[key], key)
         known = {f.name for f in dataclasses.fields(cls)} - {"extra"}
         extra = {k: data.pop(k) for k in list(data) if k not in known}
         if unknown := [k for k in extra if k not in DESCRIPTIVE]:
             raise UserError(f"unknown key {unknown[0]!r}; the model's shape would be guessed")
         if "image_token_index" not in data:
             raise UserError("image_token_index: missing from the config")
-        _check_types(cls, data, "")
+        check_types(cls, data, "")
         return cls(**data, extra=extra)
 
     def to_dict(self) -> dict[str, Any]:
@@ -302,49 +341,7 @@ class ModelConfig:
             raise UserError(f"{path}: {error}") from None
 
 
-T = TypeVar("T")
-
-
-def _from_dict(kind: type[T], data: dict[str, Any], where: str) -> T:
-    """Build dataclass ``kind``, refusing keys that would shape a model which this code does not build."""
-    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    if unknown := [k for k in data if k not in fields and k not in DESCRIPTIVE]:
-        raise UserError(f"{where}.{unknown[0]}: unknown key; the model's shape would be guessed")
-    required = [n for n, f in fields.items() if f.default is dataclasses.MISSING]
-    if missing := [n for n in required if n not in data]:
-        raise UserError(f"{where}.{missing[0]}: missing from the config")
-    _check_types(kind, data, f"{where}.")
-    return kind(**{k: v for k, v in data.items() if k in fields})
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-# What JSON may hold for a field, by the field's annotation; annotations that are not here are strings.
-JSON_TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "int": ("a whole number", _is_int),
-    "float": ("a number", lambda value: _is_int(value) or isinstance(value, float)),
-    "bool": ("true or false", lambda value: isinstance(value, bool)),
-    "tuple[int, ...]": ("a list of whole numbers", lambda v: isinstance(v, list | tuple) and all(map(_is_int, v))),
-    "MoEConfig | None": ("a table", lambda value: value is None or isinstance(value, dict)),
-}
-
-
-def _check_types(kind: type, data: dict[str, Any], where: str) -> None:
-    """Refuse a value of the wrong type: "false" in quotes would be true."""
-    for f in dataclasses.fields(kind):
-        if f.name not in data or f.name in ("text_config", "vision_config"):
-            continue
-        value = data[f.name]
-        name, fits = JSON_TYPES.get(str(f.type), ("a string", lambda value: isinstance(value, str)))
-        if not fits(value):
-            raise UserError(f"{where}{f.name}: {value!r} is not {name}")
-        # Only a hidden state may be counted from the end.
-        if f.type == "int" and value < 0 and f.name != "vision_feature_layer":
-            raise UserError(f"{where}{f.name}: {value!r} is negative")
-
-
-def _check_activation(where: str, name: str) -> None:
-    if name not in ACTIVATIONS:
-        raise UserError(f"{where}: activation {name!r} is not one of {list(ACTIVATIONS)}")
+def squeezed_size(size: int) -> int:
+    """Channels inside LDP's squeeze-and-excitation: torchvision's ``_make_divisible(size // 4, 8)``."""
+    rounded = max(8, (size // 4 + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * (size // 4) else rounded

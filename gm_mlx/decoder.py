@@ -16,7 +16,9 @@ import mlx.nn as nn
 
 from gm_mlx._mlx_lm import create_attention_mask, scaled_dot_product_attention
 from gm_mlx.config import TextConfig
+from gm_mlx.evf import ElasticFFN
 from gm_mlx.moe import SparseMLP, make_mlp
+from gm_mlx.pangu import AugmentedShortcut
 from gm_mlx.router import Positions, Routing
 
 Cache = list[Any]  # one mlx-lm cache object per layer
@@ -67,8 +69,16 @@ class Attention(nn.Module):
         q, k = self.rope(q, offset=offset), self.rope(k, offset=offset)
         if cache is not None:
             k, v = cache.update_and_fetch(k, v)
-        y = scaled_dot_product_attention(q, k, v, cache=cache, scale=self.scale, mask=mask)  # type: ignore[arg-type]
+        y = self.attend(q, k, v, mask, cache)  # [B, H, L, Dh]
         return self.o_proj(y.swapaxes(1, 2).reshape(batch, length, -1))
+
+    def attend(self, q: mx.array, k: mx.array, v: mx.array, mask: mx.array | str | None, cache: Any) -> mx.array:
+        """What queries [B, H, L, Dh] find in keys and values [B, Hkv, S, Dh]: [B, H, L, Dh]."""
+        return scaled_dot_product_attention(q, k, v, cache=cache, scale=self.scale, mask=mask)  # type: ignore[arg-type]
+
+
+# By ``MoEConfig.kind``: what stands in the place of a sparse layer's FFN.
+SPARSE_NETWORKS = {"experts": SparseMLP, "evf": ElasticFFN}
 
 
 class Block(nn.Module):
@@ -80,8 +90,10 @@ class Block(nn.Module):
         self.self_attn = Attention(config)
         if not config.parallel_block:
             self.post_attention_layernorm = make_norm(config)
-        sparse = config.moe is not None and layer in config.sparse_layers
-        self.mlp = SparseMLP(config, config.moe, layer) if sparse else make_mlp(config)  # type: ignore[arg-type]
+        if config.shortcut_size and layer >= config.series_layers:
+            self.attn_linear = AugmentedShortcut(config)
+        moe = config.moe if layer in config.sparse_layers else None
+        self.mlp = make_mlp(config, layer) if moe is None else SPARSE_NETWORKS[moe.kind](config, moe, layer)
 
     def __call__(
         self,
@@ -92,14 +104,25 @@ class Block(nn.Module):
         positions: Positions | None = None,
     ) -> mx.array:
         h = self.input_layernorm(x)
-        x = x + self.self_attn(h, mask, cache)
+        attended = self.self_attn(h, mask, cache)
+        x = x + attended
+        if "attn_linear" in self:
+            x = x + self.attn_linear(attended)
         if "post_attention_layernorm" in self:
             h = self.post_attention_layernorm(x)
-        return x + (self.mlp(h, trace, positions) if isinstance(self.mlp, SparseMLP) else self.mlp(h))
+        sparse = isinstance(self.mlp, SparseMLP | ElasticFFN)
+        return x + (self.mlp(h, trace, positions) if sparse else self.mlp(h))
+
+
+def call_block(block: Block, *inputs: Any) -> mx.array:
+    """How a stack calls its blocks; ``train.checkpointing`` has another way, which takes less memory."""
+    return block(*inputs)
 
 
 class DecoderStack(nn.Module):
     """Embeddings, blocks and the last norm (GemmaModel)."""
+
+    call_block = staticmethod(call_block)
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -118,7 +141,7 @@ class DecoderStack(nn.Module):
         caches = cache or [None] * len(self.layers)
         mask = create_attention_mask(x, caches[0])
         for block, block_cache in zip(self.layers, caches, strict=True):
-            x = block(x, mask, block_cache, trace, positions)
+            x = self.call_block(block, x, mask, block_cache, trace, positions)
         return self.norm(x)
 
 

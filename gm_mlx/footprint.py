@@ -216,7 +216,7 @@ def count_flops(config: ModelConfig, layers: list[Layer], images: int, prompt: i
         if layer.component == "tower":
             tower += layer.flops * (vision.num_patches if layer.path.endswith("patch_embedding") else positions)
         elif layer.component == "projector":
-            projector += layer.flops * config.num_image_features
+            projector += layer.flops * (layer.per_image or config.num_image_features)
         else:
             decoder += layer.flops
     # Each attended pair costs two products of a head's width: query by key, weight by value.
@@ -250,7 +250,9 @@ def activation_bytes(config: ModelConfig, images: int, prompt: int, context: int
         chunk * (4 * size + 3 * text.intermediate_size),
         text.vocab_size,
     ]
-    if text.sparse_layers and (moe := text.moe):
+    if text.sparse_layers and text.moe and text.moe.kind == "evf":
+        moments.append(chunk * (6 * size + 6 * text.intermediate_size))  # both networks
+    elif text.sparse_layers and (moe := text.moe):
         moments.append(chunk * (3 * size + moe.top_k * (size + 3 * (moe.expert_size or text.intermediate_size))))
     if images:
         moments += [

@@ -24,6 +24,7 @@ from gm_mlx.decoder import Cache
 from gm_mlx.engine import Sampling
 from gm_mlx.errors import UserError
 from gm_mlx.model import Model
+from gm_mlx.router import Positions
 
 KEPT_TOKENS = 4  # a rotating cache never drops the first ones: attention leans on them (arXiv 2309.17453)
 KV_GROUP_SIZES = (64, 32)
@@ -77,6 +78,7 @@ def prefill(
     cache: Cache,
     chunk: int = 512,
     progress: Callable[[int, int], None] | None = None,
+    positions: Positions | None = None,
 ) -> mx.array:
     """Feed a prompt into the cache.
 
@@ -86,13 +88,15 @@ def prefill(
         cache: from ``make_cache``; changed in place.
         chunk: positions computed at a time, which bounds the memory.
         progress: called with positions done and in all, after each chunk.
+        positions: what sparse layers may know of the embeddings.
 
     Returns:
         Logits [1, V] after the last position, evaluated.
     """
     length = embeddings.shape[1]
     for start in range(0, length, chunk):
-        hidden = model.hidden(embeddings[:, start : start + chunk], cache)
+        part = positions.part(start, start + chunk) if positions is not None else None
+        hidden = model.hidden(embeddings[:, start : start + chunk], cache, positions=part)
         last = start + chunk >= length
         if last:
             logits = model.logits(hidden[:, -1:])[:, 0]  # [1, V]
@@ -114,6 +118,7 @@ def decode(
     vocab_size: int | None = None,
     banned: Sequence[int] = (),
     history: Sequence[int] = (),
+    positions: Positions | None = None,
 ) -> Iterator[int]:
     """Yield token ids, computing one ahead.
 
@@ -128,6 +133,7 @@ def decode(
         vocab_size: ids from here on, which pad the embedding rows, are never chosen.
         banned: ids that are never chosen.
         history: ids of the prompt, for the repetition penalty; ids outside the vocabulary are left out.
+        positions: what sparse layers may know of each token: ``Positions.next_token`` of the prompt's.
     """
     vocab_size = min(vocab_size or logits.shape[-1], logits.shape[-1])
     banned = [token for token in banned if 0 <= token < vocab_size]
@@ -143,7 +149,7 @@ def decode(
     mx.async_eval(token)
     for count in range(1, sampling.max_tokens + 1):
         if count < sampling.max_tokens:
-            following = choose(model(token[None], cache)[:, -1])
+            following = choose(model(token[None], cache, positions=positions)[:, -1])
             mx.async_eval(following)
         yield int(token.item())  # type: ignore[arg-type]
         if count < sampling.max_tokens:

@@ -11,8 +11,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from gm_mlx.config import ModelConfig, TextConfig
+from gm_mlx.config import LDPV2_GRID, ModelConfig, TextConfig, squeezed_size
 
 COMPONENTS = ("tower", "projector", "embeddings", "attention", "dense_ffn", "experts", "routers", "norms")
 
@@ -28,6 +29,7 @@ class Layer:
         chosen: how many of how many experts a token uses; (1, 1) for everything else.
         multiplied: a product with ``weight`` is computed at every position.
         quantizable: a quantization table applies to it.
+        per_image: of a projector's layer, how often it is computed for an image; None for once per feature.
     """
 
     path: str
@@ -36,6 +38,7 @@ class Layer:
     chosen: tuple[int, int] = (1, 1)
     multiplied: bool = False
     quantizable: bool = False
+    per_image: int | None = None
 
     @property
     def total(self) -> int:
@@ -57,9 +60,9 @@ def model_layers(config: ModelConfig) -> list[Layer]:
     return [*_tower_layers(config), *_projector_layers(config), *_decoder_layers(config.text_config)]
 
 
-def _linear(path: str, component: str, inputs: int, outputs: int, bias: bool) -> Layer:
+def _linear(path: str, component: str, inputs: int, outputs: int, bias: bool, **more: Any) -> Layer:
     arrays = {"weight": (outputs, inputs), **({"bias": (outputs,)} if bias else {})}
-    return Layer(path, component, arrays, multiplied=True, quantizable=True)
+    return Layer(path, component, arrays, multiplied=True, quantizable=True, **more)
 
 
 def _tower_layers(config: ModelConfig) -> list[Layer]:
@@ -85,14 +88,36 @@ def _tower_layers(config: ModelConfig) -> list[Layer]:
         ]
         layers.append(_linear(f"{layer}.mlp.fc1", part, size, vision.intermediate_size, bias=True))
         layers.append(_linear(f"{layer}.mlp.fc2", part, vision.intermediate_size, size, bias=True))
+    if vision.post_norm:
+        layers.append(Layer(f"{root}.post_layernorm", part, norm))
     return layers
 
 
 def _projector_layers(config: ModelConfig) -> list[Layer]:
-    size, root = config.text_config.hidden_size, "multi_modal_projector"
+    size, root, part = config.text_config.hidden_size, "multi_modal_projector", "projector"
+    layers = [
+        _linear(f"{root}.linear_1", part, config.vision_config.hidden_size, size, bias=True),
+        _linear(f"{root}.linear_2", part, size, size, bias=True),
+    ]
+    if config.projector_type == "ldpnet":
+        for i, positions in enumerate((config.num_image_features, config.num_image_tokens)):
+            layers += _inverted_residual(f"{root}.blocks.{i}", size, positions)
+    if config.projector_type == "ldpnetv2":
+        arrays = {"weight": (size, 3, 3, 1), "bias": (size,)}
+        layers.append(Layer(f"{root}.peg", part, arrays, multiplied=True, per_image=LDPV2_GRID**2))
+    return layers
+
+
+def _inverted_residual(path: str, size: int, positions: int) -> list[Layer]:
+    """A block of LDP that computes so many positions of an image."""
+    part, inside, norm = "projector", squeezed_size(size), {"weight": (size,), "bias": (size,)}
     return [
-        _linear(f"{root}.linear_1", "projector", config.vision_config.hidden_size, size, bias=True),
-        _linear(f"{root}.linear_2", "projector", size, size, bias=True),
+        Layer(f"{path}.depthwise", part, {"weight": (size, 3, 3, 1)}, multiplied=True, per_image=positions),
+        Layer(f"{path}.norm_1", part, norm),
+        _linear(f"{path}.squeeze.fc1", part, size, inside, bias=True, per_image=1),
+        _linear(f"{path}.squeeze.fc2", part, inside, size, bias=True, per_image=1),
+        _linear(f"{path}.pointwise", part, size, size, bias=False, per_image=positions),
+        Layer(f"{path}.norm_2", part, norm),
     ]
 
 
@@ -116,7 +141,11 @@ def _decoder_layers(text: TextConfig) -> list[Layer]:
         ]
         if not text.parallel_block:
             layers.append(Layer(f"{layer}.post_attention_layernorm", "norms", norm))
-        layers += _sparse_ffn(text, f"{layer}.mlp") if i in text.sparse_layers else _dense_ffn(text, f"{layer}.mlp")
+        if text.shortcut_size and i >= text.series_layers:
+            layers.append(_linear(f"{layer}.attn_linear.linear_1", "attention", size, text.shortcut_size, bias=False))
+            layers.append(_linear(f"{layer}.attn_linear.linear_2", "attention", text.shortcut_size, size, bias=False))
+        network = _sparse_ffn if i in text.sparse_layers else _dense_ffn
+        layers += network(text, f"{layer}.mlp", i)
     layers.append(Layer(f"{root}.norm", "norms", norm))
     if not text.tie_word_embeddings:
         head = {"weight": (text.vocab_size, size)}
@@ -124,18 +153,26 @@ def _decoder_layers(text: TextConfig) -> list[Layer]:
     return layers
 
 
-def _ffn_shapes(text: TextConfig, width: int) -> dict[str, tuple[int, int]]:
-    """Outputs and inputs of a feed-forward network's linears."""
+def _ffn_shapes(text: TextConfig, width: int, index: int) -> dict[str, tuple[int, int]]:
+    """Outputs and inputs of the linears of a feed-forward network in a layer."""
     up, down = (width, text.hidden_size), (text.hidden_size, width)
-    return {"gate_proj": up, "up_proj": up, "down_proj": down} if text.gated else {"fc1": up, "fc2": down}
+    if not text.gated:
+        return {"fc1": up, "fc2": down}
+    second = {"gate_proj2": up} if index < text.series_layers else {}
+    return {"gate_proj": up, **second, "up_proj": up, "down_proj": down}
 
 
-def _dense_ffn(text: TextConfig, path: str) -> list[Layer]:
-    shapes = _ffn_shapes(text, text.intermediate_size)
-    return [_linear(f"{path}.{name}", "dense_ffn", i, o, bias=not text.gated) for name, (o, i) in shapes.items()]
+def _dense_ffn(
+    text: TextConfig, path: str, index: int, component: str = "dense_ffn", chosen: tuple[int, int] = (1, 1)
+) -> list[Layer]:
+    shapes = _ffn_shapes(text, text.intermediate_size, index)
+    return [
+        _linear(f"{path}.{name}", component, inputs, outputs, bias=not text.gated, chosen=chosen)
+        for name, (outputs, inputs) in shapes.items()
+    ]
 
 
-def _sparse_ffn(text: TextConfig, path: str) -> list[Layer]:
+def _sparse_ffn(text: TextConfig, path: str, index: int) -> list[Layer]:
     moe = text.moe
     assert moe is not None
     size, experts = text.hidden_size, moe.num_experts
@@ -143,7 +180,10 @@ def _sparse_ffn(text: TextConfig, path: str) -> list[Layer]:
     if moe.router_rank:
         gate = {"u": (size, moe.router_rank), "v": (moe.router_rank, experts)}
     layers = [Layer(f"{path}.gate", "routers", gate, multiplied=True)]
-    for name, (outputs, inputs) in _ffn_shapes(text, moe.expert_size or text.intermediate_size).items():
+    if moe.kind == "evf":
+        layers += _dense_ffn(text, f"{path}.language_ffn", index, chosen=(1, 2))
+        return layers + _dense_ffn(text, f"{path}.vision_ffn", index, "experts", chosen=(1, 2))
+    for name, (outputs, inputs) in _ffn_shapes(text, moe.expert_size or text.intermediate_size, index).items():
         arrays: dict[str, tuple[int, ...]] = {"weight": (experts, outputs, inputs)}
         if not text.gated:
             arrays["bias"] = (experts, outputs)
@@ -153,6 +193,6 @@ def _sparse_ffn(text: TextConfig, path: str) -> list[Layer]:
             )
         )
     if moe.use_residual:
-        layers += _dense_ffn(text, f"{path}.mlp")
+        layers += _dense_ffn(text, f"{path}.mlp", index)
         layers.append(Layer(f"{path}.coefficient", "routers", {"weight": (2, size), "bias": (2,)}, multiplied=True))
     return layers

@@ -29,7 +29,7 @@ from gm_mlx.lora.folder import find_adapter, load_adapter
 from gm_mlx.notice import ImageNotice
 from gm_mlx.prefix import Key, prompt_keys, reusable
 from gm_mlx.processor import Processor
-from gm_mlx.router import Routing
+from gm_mlx.router import Positions, Routing
 from gm_mlx.weights import load_model, named_arrays, num_parameters, runs_on_cpu
 
 if TYPE_CHECKING:
@@ -121,7 +121,8 @@ class MLXEngine:
         """
         ids, _, hashes = self._tokenize(messages, images)
         trace: list[Routing] = []
-        self._model.hidden(self._embed(ids, hashes, images, Stats()), trace=trace)
+        embeddings = self._embed(ids, hashes, images, Stats())
+        self._model.hidden(embeddings, trace=trace, positions=self._model.positions(np.array([ids])))
         mx.eval([routing[1:] for routing in trace])
         return trace
 
@@ -137,6 +138,7 @@ class MLXEngine:
     def reset(self) -> None:
         """Forget the last conversation; image features are kept."""
         self._keys: list[Key] = []
+        self._pictured = False
         self._cache = make_cache(self._model, **self._cache_options)
 
     def close(self) -> None:
@@ -163,7 +165,8 @@ class MLXEngine:
         mx.reset_peak_memory()
         stats = Stats(prompt_tokens=len(ids), image_tokens=len(images) * self.processor.tokens_per_image)
         try:
-            stats.cached_tokens = start = self._reuse(keys)
+            positions = self._model.positions(np.array([ids]))
+            stats.cached_tokens = start = self._reuse(keys, bool(images))
             done = sum(isinstance(key, tuple) and key[1] == 0 for key in keys[:start])
             embeddings = self._embed(ids[start:], hashes[done:], images[done:], stats)
             began = perf_counter()
@@ -173,9 +176,10 @@ class MLXEngine:
                 self._cache,
                 self._prefill_chunk,
                 lambda done, total: self._progress("prefill", done, total),
+                positions.part(start, len(ids)),
             )
             stats.prefill_seconds = perf_counter() - began
-            for piece in self._decode(logits, ids, sampling, stats):
+            for piece in self._decode(logits, ids, sampling, stats, positions.next_token()):
                 yield piece
                 if self._turn is not turn:
                     raise RuntimeError("another answer was begun on this engine before this one had ended")
@@ -184,7 +188,9 @@ class MLXEngine:
                 self.reset()
             raise
 
-    def _decode(self, logits: mx.array, ids: list[int], sampling: Sampling, stats: Stats) -> Iterator[Piece]:
+    def _decode(
+        self, logits: mx.array, ids: list[int], sampling: Sampling, stats: Stats, positions: Positions
+    ) -> Iterator[Piece]:
         answer = self.processor.answer_stream()
         tokens = decode(
             self._model,
@@ -194,6 +200,7 @@ class MLXEngine:
             vocab_size=self.processor.tokenizer.vocab_size,
             banned=[self.processor.image_token_id],
             history=ids,
+            positions=positions,
         )
         text = ""
         began = perf_counter()
@@ -214,8 +221,18 @@ class MLXEngine:
         stats.peak_memory_bytes = mx.get_peak_memory()
         yield Piece(text, stats)
 
-    def _reuse(self, keys: list[Key]) -> int:
-        """Cut the cache back to what it has in common with a prompt; returns the length of that."""
+    def _reuse(self, keys: list[Key], pictured: bool) -> int:
+        """Cut the cache back to what it has in common with a prompt; returns the length of that.
+
+        Args:
+            keys: the prompt's.
+            pictured: whether the prompt has images. Where that decides about the way through the model, text in front
+                of the first image has other keys and values than the same text in a conversation without images.
+        """
+        moe = self._model.config.text_config.moe
+        if moe is not None and moe.kind == "evf" and pictured != self._pictured:
+            self.reset()
+        self._pictured = pictured
         fed = min(layer.offset for layer in self._cache)
         start = reusable(self._keys[:fed], keys)
         if not trim_cache(self._cache, start):

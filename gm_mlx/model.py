@@ -14,7 +14,7 @@ import numpy as np
 
 from gm_mlx.config import ModelConfig
 from gm_mlx.decoder import Block, Cache, LanguageModel
-from gm_mlx.projector import Projector
+from gm_mlx.projector import make_projector
 from gm_mlx.router import Positions, Routing
 from gm_mlx.vision import VisionTower
 
@@ -30,7 +30,7 @@ class Model(nn.Module):
             config.num_vision_layers_used,
             keep_first=config.vision_feature_select_strategy == "full",
         )
-        self.multi_modal_projector = Projector(config)
+        self.multi_modal_projector = make_projector(config)
         self.language_model = LanguageModel(config.text_config)
 
     @property
@@ -75,6 +75,19 @@ class Model(nn.Module):
         x[rows, columns] = features.reshape(-1, features.shape[-1])
         return x
 
+    def positions(self, ids: np.ndarray, real: mx.array | None = None) -> Positions:
+        """What sparse layers may know of whole prompts.
+
+        Args:
+            ids: token ids [B, L] on the host, as for ``embed``.
+            real: bool [B, L], False on padding.
+        """
+        slots = ids == self.config.image_token_index
+        pictured = slots.any(axis=1)
+        if not pictured.any():
+            return Positions(real)
+        return Positions(real, mx.array(slots), None if pictured.all() else mx.array(pictured))
+
     def hidden(
         self,
         x: mx.array,
@@ -95,10 +108,11 @@ class Model(nn.Module):
         cache: Cache | None = None,
         input_embeddings: mx.array | None = None,
         trace: list[Routing] | None = None,
+        positions: Positions | None = None,
     ) -> mx.array:
         """Logits [B, L, V] of token ids [B, L], or of embeddings [B, L, D] in their place (mlx-lm's contract)."""
         x = self.language_model.embed(ids) if input_embeddings is None else input_embeddings
-        return self.logits(self.hidden(x, cache, trace))
+        return self.logits(self.hidden(x, cache, trace, positions))
 
 
 def pool(features: mx.array, stride: int) -> mx.array:

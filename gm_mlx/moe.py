@@ -7,13 +7,19 @@ ever comes to the host.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import mlx.core as mx
 import mlx.nn as nn
 
 from gm_mlx._mlx_lm import SwitchGLU, SwitchMLP
 from gm_mlx.activations import ACTIVATIONS
 from gm_mlx.config import MoEConfig, TextConfig, VisionConfig
-from gm_mlx.router import Positions, Routing, choose, make_router
+from gm_mlx.pangu import SeriesMLP
+from gm_mlx.router import Positions, Routing, choose, make_router, weigh
+
+if TYPE_CHECKING:
+    from gm_mlx.capacity import Capacity
 
 
 class GLU:
@@ -53,8 +59,10 @@ class PlainMLP(nn.Module):
         return self.fc2(self.activation(self.fc1(x)))
 
 
-def make_mlp(config: TextConfig) -> MLP | PlainMLP:
-    """The dense feed-forward network that the config asks for."""
+def make_mlp(config: TextConfig, layer: int) -> MLP | SeriesMLP | PlainMLP:
+    """The dense feed-forward network that the config asks for in a layer."""
+    if layer < config.series_layers:
+        return SeriesMLP(config)
     return MLP(config) if config.gated else PlainMLP(config)
 
 
@@ -83,6 +91,10 @@ class SparseMLP(nn.Module):
     """A mixture of experts in the place of an MLP (deepspeed.moe.layer.MoE).
 
     With ``use_residual`` a dense FFN runs beside the experts and ``softmax(coefficient(x))`` mixes the two.
+
+    Attributes:
+        capacity: how many tokens an expert takes; None for all. See ``set_capacity``.
+        gumbel: all experts of a token but its first are drawn, as in DeepSpeed, and not picked. See ``set_gumbel``.
     """
 
     def __init__(self, config: TextConfig, moe: MoEConfig, layer: int) -> None:
@@ -90,24 +102,47 @@ class SparseMLP(nn.Module):
         self.layer = layer
         self.top_k = moe.top_k
         self.norm_topk_prob = moe.norm_topk_prob
+        self.capacity: Capacity | None = None
+        self.gumbel = False
         self.gate = make_router(moe, config.hidden_size)
         self.switch_mlp = make_experts(config, moe)
         if moe.use_residual:
-            self.mlp = make_mlp(config)
+            self.mlp = make_mlp(config, layer)
             self.coefficient = Coefficient(config.hidden_size)
 
     def __call__(self, x: mx.array, trace: list[Routing] | None = None, positions: Positions | None = None) -> mx.array:
         """[B, L, D] to [B, L, D]; appends this layer's ``Routing`` to ``trace`` when one is given."""
-        probabilities, experts, weights = choose(self.gate(x), self.top_k, self.norm_topk_prob)
+        routing = self.route(x, positions or Positions())
         if trace is not None:
-            trace.append(Routing(self.layer, probabilities, experts, weights))
-        y = self.combine(x, experts, weights)
+            trace.append(routing)
+        y = self.combine(x, routing.experts, routing.weights)
         if "mlp" not in self:
             return y
         mix = self.coefficient(x).astype(y.dtype)  # [B, L, 2]
         return y * mix[..., :1] + self.mlp(x) * mix[..., 1:]
 
+    def route(self, x: mx.array, positions: Positions) -> Routing:
+        """Where the tokens of x [B, L, D] go."""
+        logits = self.gate(x)
+        noise = mx.random.gumbel(logits.shape) if self.gumbel else None
+        probabilities, experts, weights = choose(logits, self.top_k, self.norm_topk_prob, noise)
+        if self.capacity is None or not (self.training or self.capacity.in_eval):
+            return Routing(self.layer, probabilities, experts, weights, logits)
+        kept = self.capacity.deal(probabilities, experts, positions.real)
+        weights = weigh(probabilities, experts, self.norm_topk_prob, kept)
+        return Routing(self.layer, probabilities, experts, weights, logits, kept)
+
     def combine(self, x: mx.array, experts: mx.array, weights: mx.array) -> mx.array:
         """The weighted sum [B, L, D] of what the chosen experts [B, L, k] make of x [B, L, D]."""
         y = self.switch_mlp(x, experts)  # [B, L, k, D]
         return (y * weights[..., None].astype(y.dtype)).sum(axis=-2)
+
+
+def set_gumbel(model: nn.Module, gumbel: bool) -> None:
+    """Draw the second experts of all sparse layers of a model, or pick them; in place.
+
+    DeepSpeed 0.9.5 draws them, in training and evaluation. The draws are MLX's: ``mx.random.seed`` repeats them.
+    """
+    for module in model.modules():
+        if isinstance(module, SparseMLP):
+            module.gumbel = gumbel

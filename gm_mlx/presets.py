@@ -15,6 +15,23 @@ CLIP_L_336 = VisionConfig(
 )
 
 
+SIGLIP_L_384 = VisionConfig(
+    model_type="siglip_vision_model",
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    image_size=384,
+    patch_size=16,
+    hidden_act="gelu",
+    layer_norm_eps=1e-6,
+    post_norm=True,
+)
+
+# Eve's elastic vision FFN, its router's weight and its loss as the paper has them.
+EVF = MoEConfig(kind="evf", num_experts=2, top_k=1, norm_topk_prob=False, aux_loss_coef=0.001)
+
+
 def _llava_gm(text: TextConfig) -> ModelConfig:
     """LLaVA-GM as its paper describes it: CLIP-L/336, true Gemma sizes, 4 experts, top-2, layers 0, 2, 4, ...
 
@@ -47,6 +64,33 @@ PRESETS = {
             vocab_size=256064,
             moe=MoEConfig(),
         )
+    ),
+    # PanGu-pi-1.5B-Pro: depth, width, vocabulary and the split at layer 15 are from Eve's code. Heads of 128 are those
+    # of its smaller sister, and an FFN this wide gives the 1.5 B of its name, and with the tower the 1.8 B of Eve's.
+    "eve-1.8b": ModelConfig(
+        text_config=TextConfig(
+            hidden_size=2048,
+            intermediate_size=5632,
+            num_hidden_layers=22,
+            num_attention_heads=16,
+            num_key_value_heads=16,
+            head_dim=128,
+            vocab_size=48000,
+            hidden_act="silu",
+            max_position_embeddings=2048,
+            tie_word_embeddings=False,
+            norm_plus_one=False,
+            scale_embeddings=False,
+            attention_bias="qkv",
+            series_layers=15,
+            shortcut_size=128,
+            moe=EVF,
+        ),
+        vision_config=SIGLIP_L_384,
+        image_token_index=48000,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        projector_type="ldpnet",
     ),
     "gm-tiny": ModelConfig(
         text_config=TextConfig(

@@ -2,7 +2,8 @@
 
 The rule is DeepSpeed 0.9.5's gate (deepspeed/moe/sharded_moe.py), made deterministic: softmax in float32, the k largest
 logits win, the lower index wins a tie. DeepSpeed adds Gumbel noise when it draws the second expert, even in evaluation,
-so its answers cannot be repeated; the second largest logit is what that draw returns most often.
+so its answers cannot be repeated; the second largest logit is what that draw returns most often. The draw is an option,
+and so is DeepSpeed's limit to the tokens of an expert (``capacity``).
 
 A low-rank router computes ``(x U) V`` instead of ``x W^T``. Softmax does not see what is common to all logits, so the
 router's rows are centred first. Centred rows sum to zero, hence have rank E - 1 at most: with rank E - 1 nothing is
@@ -33,12 +34,16 @@ class Routing(NamedTuple):
         probabilities: softmax over all experts, float32 [..., E].
         experts: chosen experts, best first, uint32 [..., k].
         weights: their weights in the output, float32 [..., k].
+        logits: of which the probabilities are the softmax, float32 [..., E].
+        kept: bool [..., k], False where an expert had no room for a token; None when every expert takes all.
     """
 
     layer: int
     probabilities: mx.array
     experts: mx.array
     weights: mx.array
+    logits: mx.array
+    kept: mx.array | None = None
 
 
 class Positions(NamedTuple):
@@ -47,10 +52,22 @@ class Positions(NamedTuple):
     Attributes:
         real: bool [B, L], False on padding; None when there is none.
         image: bool [B, L], True where a position is an image's; None for requests without images.
+        pictured: bool [B], True for the rows whose requests have images; None when ``image`` is about all of them.
     """
 
     real: mx.array | None = None
     image: mx.array | None = None
+    pictured: mx.array | None = None
+
+    def part(self, start: int, stop: int) -> Positions:
+        """Of a stretch of the positions."""
+        real, image = (None if a is None else a[:, start:stop] for a in self[:2])
+        return Positions(real, image, self.pictured)
+
+    def next_token(self) -> Positions:
+        """Of one more position of each row: text, in a request with or without images as before."""
+        image = None if self.image is None else mx.zeros((self.image.shape[0], 1), mx.bool_)
+        return Positions(None, image, self.pictured)
 
 
 class Router(nn.Module):
@@ -130,13 +147,18 @@ def _unit_trace(moment: np.ndarray) -> np.ndarray:
     return moment / trace if trace > 0 else moment
 
 
-def choose(logits: mx.array, top_k: int, norm_topk_prob: bool) -> tuple[mx.array, mx.array, mx.array]:
+def choose(
+    logits: mx.array, top_k: int, norm_topk_prob: bool, noise: mx.array | None = None
+) -> tuple[mx.array, mx.array, mx.array]:
     """Pick the experts of each token.
 
     Args:
         logits: float32 [..., E].
         top_k: experts per token.
         norm_topk_prob: divide the chosen probabilities by their sum.
+        noise: float32 [..., E], added to the logits when all experts but the first are picked; None for no noise. With
+            draws from Gumbel(0, 1), an expert is second with its share of the probability that the first has left over:
+            DeepSpeed's gate, in training and evaluation alike.
 
     Returns:
         probabilities [..., E], experts [..., k] (uint32) and weights [..., k], as in ``Routing``.
@@ -144,14 +166,23 @@ def choose(logits: mx.array, top_k: int, norm_topk_prob: bool) -> tuple[mx.array
     probabilities = mx.softmax(logits, axis=-1, precise=True)
     # k rounds of argmax and not a sort: argmax takes the first of equals on every backend, and k is small.
     candidates, chosen = mx.stop_gradient(logits), []
-    for _ in range(top_k):
+    for choice in range(top_k):
         chosen.append(mx.argmax(candidates, axis=-1, keepdims=True))
+        if choice == 0 and noise is not None:
+            candidates = candidates + noise
         candidates = mx.where(mx.arange(logits.shape[-1]) == chosen[-1], -mx.inf, candidates)
     experts = mx.stop_gradient(mx.concatenate(chosen, axis=-1))
+    return probabilities, experts, weigh(probabilities, experts, norm_topk_prob)
+
+
+def weigh(probabilities: mx.array, experts: mx.array, norm_topk_prob: bool, kept: mx.array | None = None) -> mx.array:
+    """Weights [..., k] of chosen experts [..., k]; zero where ``kept`` is False, the rest sharing what is its share."""
     weights = mx.take_along_axis(probabilities, experts, axis=-1)
+    if kept is not None:
+        weights = weights * kept
     if norm_topk_prob:
         weights = weights / mx.maximum(weights.sum(axis=-1, keepdims=True), FLOAT32_EPS)
-    return probabilities, experts, weights
+    return weights
 
 
 def load_balancing_loss(trace: list[Routing], mask: mx.array | None = None) -> mx.array:
@@ -168,9 +199,26 @@ def load_balancing_loss(trace: list[Routing], mask: mx.array | None = None) -> m
         num_experts = routing.probabilities.shape[-1]
         first = (routing.experts[..., :1] == mx.arange(num_experts)).astype(mx.float32)  # [..., E]
         weight = mx.ones(first.shape[:-1]) if mask is None else mask.astype(mx.float32)
-        share = weight[..., None] / mx.maximum(weight.sum(), 1.0)
-        axes = tuple(range(first.ndim - 1))
-        importance = (routing.probabilities * share).sum(axis=axes)
-        load = (first * share).sum(axis=axes)
-        total = total + num_experts * (importance * load).sum()
+        # Sums as products: over many tokens, float32 loses less in a product than in MLX's sums.
+        importance, load = (weight.reshape(-1) @ x.reshape(-1, num_experts) for x in (routing.probabilities, first))
+        tokens = mx.maximum(weight.sum(), 1.0)
+        total = total + num_experts * (importance / tokens * (load / tokens)).sum()
+    return total
+
+
+def router_z_loss(trace: list[Routing], mask: mx.array | None = None) -> mx.array:
+    """The mean of logsumexp(logits)^2 over tokens, summed over layers (ST-MoE, Zoph et al. 2022, eq. 5).
+
+    It keeps router logits small, where float32's softmax has most digits. A low-rank router is centred, so its logits
+    are those of the full router up to a constant per token, which this loss does see.
+
+    Args:
+        trace: one ``Routing`` per sparse layer.
+        mask: [...] of 0 and 1; tokens with 0, such as padding, do not count.
+    """
+    total = mx.array(0.0)
+    for routing in trace:
+        squares = mx.logsumexp(routing.logits, axis=-1).square().reshape(-1)
+        weight = mx.ones(squares.shape) if mask is None else mask.reshape(-1).astype(mx.float32)
+        total = total + weight @ squares / mx.maximum(weight.sum(), 1.0)
     return total

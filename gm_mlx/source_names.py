@@ -1,8 +1,8 @@
 """What other programs call the parts of a LLaVA, and gm-mlx's names for them: tables of patterns.
 
 A renamed tensor is ``vision_tower.vision_model.`` and Hugging Face's name inside the tower,
-``multi_modal_projector.linear_<1 or 2>.``, or ``language_model.`` and the decoder's own name, in which DeepSpeed's
-experts are ``mlp.experts.<number>.`` and their router is ``mlp.gate.``.
+``multi_modal_projector.`` and gm-mlx's name inside the projector, or ``language_model.`` and the decoder's own name, in
+which DeepSpeed's experts are ``mlp.experts.<number>.`` and their router is ``mlp.gate.``.
 
 Converting reads checkpoints by these tables, and LoRA adapters, which name the modules that they were trained on.
 """
@@ -15,7 +15,11 @@ Names = tuple[tuple[str, str | None], ...]
 """Patterns of whole tensor names, each with the name that it gets. The first match counts; None leaves a tensor out."""
 
 # Buffers that old versions of PyTorch models stored; all are computed from the config.
-BUFFERS: Names = ((r".*\brotary_emb\.inv_freq", None), (r".*\bposition_ids", None))
+BUFFERS: Names = (
+    (r".*\brotary_emb\.inv_freq", None),
+    (r".*\bposition_ids", None),
+    (r".*\.attn\.(?:bias|masked_bias)", None),
+)
 
 # Hugging Face's LLaVA (LlavaForConditionalGeneration), with the names of all its versions. Files say
 # ``language_model.model.layers``, ``language_model.lm_head``, ``vision_tower.vision_model`` and
@@ -30,14 +34,38 @@ HF_LLAVA: Names = (
     (r"(?:model\.)?language_model\.(?:model\.)?(.*)", r"language_model.model.\1"),
 )
 
+
+def _projector(prefix: str) -> Names:
+    """LLaVA's MLP and MobileVLM's LDP and LDPv2 (mobilevlm/model/vision_projector.py), by what they are called.
+
+    All are made of ``nn.Sequential``: what lies between the numbers has no weights. LDP is one more module ``model``.
+    """
+    new, block = "multi_modal_projector", r"\.model\.mb_block\.%d\.block\."
+    names: list[tuple[str, str | None]] = [
+        (rf"{prefix}(?:\.0|\.model\.mlp\.1|\.mlp\.mlp\.0)\.(weight|bias)", rf"{new}.linear_1.\1"),
+        (rf"{prefix}(?:\.2|\.model\.mlp\.3|\.mlp\.mlp\.2)\.(weight|bias)", rf"{new}.linear_2.\1"),
+        (rf"{prefix}\.peg\.peg\.0\.(weight|bias)", rf"{new}.peg.\1"),
+    ]
+    for number in (0, 1):
+        old, ours = prefix + block % (number + 1), f"{new}.blocks.{number}"
+        names += [
+            (rf"{old}0\.0\.weight", f"{ours}.depthwise.weight"),
+            (rf"{old}0\.1\.(weight|bias)", rf"{ours}.norm_1.\1"),
+            (rf"{old}1\.(fc[12])\.(weight|bias)", rf"{ours}.squeeze.\1.\2"),
+            (rf"{old}2\.0\.weight", f"{ours}.pointwise.weight"),
+            (rf"{old}2\.1\.(weight|bias)", rf"{ours}.norm_2.\1"),
+        ]
+    return tuple(names)
+
+
 # The original LLaVA-1.5, and LLaVA-Gemma, which is built on it (llava/model/llava_arch.py). The decoder's names are
-# those of the language model alone. The projector is a ``nn.Sequential``: 0 and 2 are its linears, 1 is the GELU
-# between them.
+# those of the language model alone. MobileVLM is the same but for its projector. The first Qwen calls its inner model
+# ``transformer``, and so do the parts that were put into it.
+ROOT = r"(?:model|transformer)\."
 LLAVA: Names = (
     *BUFFERS,
-    (r"model\.vision_tower\.(?:vision_tower\.)?(?:vision_model\.)?(.*)", r"vision_tower.vision_model.\1"),
-    (r"(?:model\.)?mm_projector\.0\.(weight|bias)", r"multi_modal_projector.linear_1.\1"),
-    (r"(?:model\.)?mm_projector\.2\.(weight|bias)", r"multi_modal_projector.linear_2.\1"),
+    (rf"{ROOT}vision_tower\.(?:vision_tower\.)?(?:vision_model\.)?(.*)", r"vision_tower.vision_model.\1"),
+    *_projector(rf"(?:{ROOT})?mm_projector"),
     (r"(.*)", r"language_model.\1"),
 )
 
@@ -48,10 +76,32 @@ MOE_LLAVA: Names = (
     *BUFFERS,
     (r"(.*\.mlp)\.deepspeed_moe\.gate\.wg\.weight", r"language_model.\1.gate.weight"),
     (r"(.*\.mlp)\.deepspeed_moe\.experts\.deepspeed_experts\.(\d+\..*)", r"language_model.\1.experts.\2"),
-    (r"model\.image_tower\.(?:image_tower\.)?(?:vision_model\.)?(.*)", r"vision_tower.vision_model.\1"),
-    (r"(?:model\.)?mm_projector\.image_spatial_proj\.0\.(weight|bias)", r"multi_modal_projector.linear_1.\1"),
-    (r"(?:model\.)?mm_projector\.image_spatial_proj\.2\.(weight|bias)", r"multi_modal_projector.linear_2.\1"),
+    (rf"{ROOT}image_tower\.(?:image_tower\.)?(?:vision_model\.)?(.*)", r"vision_tower.vision_model.\1"),
+    *_projector(rf"(?:{ROOT})?mm_projector\.image_spatial_proj"),
     *LLAVA,
+)
+
+# Eve: MoE-LLaVA's names, and a SigLIP tower with those of timm (eve/model/multimodal_encoder/siglip_vit.py), in which
+# queries, keys and values are one matrix.
+EVE: Names = (
+    (r"model\.image_tower\.patch_embed\.proj\.(.*)", r"vision_tower.vision_model.embeddings.patch_embedding.\1"),
+    (r"model\.image_tower\.pos_embed", "vision_tower.vision_model.embeddings.position_embedding.weight"),
+    (
+        r"model\.image_tower\.blocks\.(\d+)\.norm([12])\.(.*)",
+        r"vision_tower.vision_model.encoder.layers.\1.layer_norm\2.\3",
+    ),
+    (
+        r"model\.image_tower\.blocks\.(\d+)\.attn\.proj\.(.*)",
+        r"vision_tower.vision_model.encoder.layers.\1.self_attn.out_proj.\2",
+    ),
+    (
+        r"model\.image_tower\.blocks\.(\d+)\.attn\.qkv\.(.*)",
+        r"vision_tower.vision_model.encoder.layers.\1.self_attn.qkv.\2",
+    ),
+    (r"model\.image_tower\.blocks\.(\d+\.mlp\..*)", r"vision_tower.vision_model.encoder.layers.\1"),
+    (r"model\.image_tower\.norm\.(.*)", r"vision_tower.vision_model.post_layernorm.\1"),
+    (r"model\.image_tower\.attn_pool\..*", None),
+    *MOE_LLAVA,
 )
 
 # A tensor of an expert that is a module of its own; gm-mlx stacks those of a layer under ``mlp.switch_mlp``.

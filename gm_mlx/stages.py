@@ -138,13 +138,14 @@ def trace(model: Model, inputs: Inputs, limits: Limits) -> Trace:
         features = model.project(tower)
         out.stages["projector"] = _numpy(features)
     image_token = model.config.image_token_index
-    x = model.embed(np.where(inputs.ids == NO_TOKEN, image_token, inputs.ids), features)
+    ids = np.where(inputs.ids == NO_TOKEN, image_token, inputs.ids)
+    x, positions = model.embed(ids, features), model.positions(ids)
     out.stages["embeddings"] = _numpy(x)
     cache = make_cache(model)
     mask = create_attention_mask(x, cache[0])
     for i, block in enumerate(model.layers):
         routing: list[Routing] = []
-        x = block(x, mask, cache[i], routing)
+        x = block(x, mask, cache[i], routing, positions)
         out.stages[f"layer {i}"] = _numpy(x)  # evaluated layer by layer, so that no graph of all of them grows
         out.experts.update({r.layer: np.array(r.experts[0]) for r in routing})
     x = model.language_model.model.norm(x)
@@ -152,7 +153,16 @@ def trace(model: Model, inputs: Inputs, limits: Limits) -> Trace:
     logits = model.logits(x[:, -1:])[:, 0]  # [1, V]
     out.stages["logits"] = _numpy(logits)[:, : limits.vocab_size]
     sampling = replace(GREEDY, max_tokens=limits.max_tokens)
-    for token in decode(model, logits, cache, sampling, vocab_size=limits.vocab_size, banned=[image_token]):
+    answer = decode(
+        model,
+        logits,
+        cache,
+        sampling,
+        vocab_size=limits.vocab_size,
+        banned=[image_token],
+        positions=positions.next_token(),
+    )
+    for token in answer:
         if token in limits.stop_ids:
             break
         out.answer.append(token)

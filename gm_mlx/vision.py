@@ -2,7 +2,7 @@
 
 What is special here:
 - LLaVA reads a hidden state *before* the last norm (``hidden_states[-2]`` for CLIP), so the layers behind it and the
-  ``post_layernorm`` do not exist in this model: they are neither stored nor run.
+  ``post_layernorm`` do not exist in this model: they are neither stored nor run. Eve's SigLIP has the norm.
 - CLIP has a class token and a norm before its first layer ("pre_layrnorm", sic: the name in every checkpoint) and no
   bias in the patch embedding. SigLIP has none of the two, and a bias. All else is one transformer.
 """
@@ -62,8 +62,11 @@ class Attention(nn.Module):
             proj(x).reshape(*x.shape[:2], self.num_heads, -1).swapaxes(1, 2)  # [B, H, N, Dh]
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.scale)
-        return self.out_proj(y.swapaxes(1, 2).reshape(x.shape))
+        return self.out_proj(self.attend(q, k, v).swapaxes(1, 2).reshape(x.shape))
+
+    def attend(self, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        """What queries find in keys and values, [B, H, N, Dh] all of them."""
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=self.scale)
 
 
 class EncoderLayer(nn.Module):
@@ -94,6 +97,8 @@ class VisionTransformer(nn.Module):
         if config.is_clip:
             self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.encoder = Encoder(config, num_layers)
+        if config.post_norm:
+            self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def __call__(self, pixels: mx.array) -> mx.array:
         x = self.embeddings(pixels)
@@ -101,7 +106,7 @@ class VisionTransformer(nn.Module):
             x = self.pre_layrnorm(x)
         for layer in self.encoder.layers:
             x = layer(x)
-        return x
+        return self.post_layernorm(x) if "post_layernorm" in self else x
 
 
 class VisionTower(nn.Module):

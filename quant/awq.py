@@ -120,7 +120,13 @@ def awq_scale(
     factors: Factors = {}
     replaced: dict[str, Tensor] = {}
     report = ScaleReport(notes=["inputs are not scaled: attention reads the same norm"] if text.parallel_block else [])
+    elastic = text.sparse_layers if text.moe and text.moe.kind == "evf" else []
+    unscaled = sorted({*range(text.series_layers), *elastic})
+    if unscaled:
+        report.notes.append(f"layers {unscaled} are not scaled: they have second gates or vision networks")
     for layer in range(text.num_hidden_layers):
+        if layer in unscaled:
+            continue
         networks = _networks(text, tensors, calibration, layer)
         found = _search(text, tensors, networks, table, layer, calibration.num_tokens, num_alphas)
         for path, scales in found.hidden.items():

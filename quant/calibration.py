@@ -17,11 +17,12 @@ import mlx.nn as nn
 import numpy as np
 
 from gm_mlx.errors import UserError
+from gm_mlx.evf import ElasticFFN
 from gm_mlx.model import Model
 from gm_mlx.moe import SparseMLP
 from gm_mlx.processor import Processor
 from gm_mlx.quant.samples import Sample, encode, load_samples
-from gm_mlx.router import choose
+from gm_mlx.router import Positions, choose
 
 __all__ = [
     "LAYERS",
@@ -63,7 +64,8 @@ class Calibration:
         num_samples: prompts that were read.
         num_tokens: their tokens, image positions among them.
         networks: by module path: of stacked experts (``...mlp.switch_mlp``), of a dense layer (``...mlp``) and of the
-            dense network beside experts (``...mlp.mlp``).
+            dense network beside experts (``...mlp.mlp``). Of an elastic layer the two networks together, as if they
+            were stacked experts, without what is hidden in them.
         covariances: by index of a sparse layer: mean of x x^T over all tokens, x the router's input, float64 [D, D].
         rows: by layer: inputs of its feed-forward network, drawn at random from all tokens, float32 [n, D].
     """
@@ -132,14 +134,18 @@ def calibrate(
             watch.chosen = np.sort(random.choice(length, share, replace=False))
             num_kept += share
             features = None if pixels is None else model.encode_images(pixels)
-            model.hidden(model.embed(ids, features))  # each tap evaluates what is needed up to it
+            watch.positions = model.positions(ids)
+            # Each tap evaluates what is needed up to it.
+            model.hidden(model.embed(ids, features), positions=watch.positions)
             for layer, rows in watch.rows.items():
                 kept[layer].append(rows)
+            watch.rows = {}
             watch.calibration.num_tokens += length
             watch.calibration.num_samples += 1
             if progress is not None:
                 progress("calibrate", done + 1, len(samples))
-    return watch.result({layer: np.concatenate(rows) for layer, rows in kept.items()})
+    # A layer's router may have seen nothing: an elastic one reads requests with images only.
+    return watch.result({layer: np.concatenate(rows) for layer, rows in kept.items() if rows})
 
 
 class Tap(nn.Module):
@@ -161,6 +167,7 @@ class _Watch:
 
     Attributes:
         chosen: positions of the current sample whose activations are kept.
+        positions: what sparse layers know of the current sample.
         rows: by layer: those activations.
     """
 
@@ -168,6 +175,7 @@ class _Watch:
         self.model = model
         self.calibration = Calibration()
         self.chosen = np.zeros(0, np.int64)
+        self.positions = Positions()
         self.rows: dict[int, np.ndarray] = {}
 
     @contextmanager
@@ -191,6 +199,8 @@ class _Watch:
                     self._tap_sparse(tap, layer, block.mlp)
                     if "mlp" in block.mlp:
                         tap_dense(f"{path}.mlp", block.mlp.mlp, None)
+                elif isinstance(block.mlp, ElasticFFN):
+                    self._tap_elastic(tap, layer, block.mlp)
                 else:
                     tap_dense(path, block.mlp, layer)
             yield
@@ -206,15 +216,26 @@ class _Watch:
         def see_router(x: mx.array, logits: mx.array) -> None:
             _, experts, _ = choose(logits, mlp.top_k, mlp.norm_topk_prob)
             self._see_input(path, x, layer, _one_hot(experts, size).sum(axis=-2))
-            wide = np.array(x.astype(mx.float32)).reshape(-1, x.shape[-1]).astype(np.float64)
-            # In float64: the few channels that dwarf all others must not drown what tells experts apart.
-            self.calibration.covariances[layer] = self.calibration.covariances.get(layer, 0) + wide.T @ wide
+            self._see_covariance(layer, x)
 
         def see_last(x: mx.array, y: mx.array, experts: mx.array) -> None:
             self._see_hidden(path, x, _one_hot(experts, size))
 
         tap(mlp, "gate", see_router)
         tap(mlp.switch_mlp, last, see_last)
+
+    def _tap_elastic(self, tap: Callable[..., None], layer: int, mlp: ElasticFFN) -> None:
+        def see_router(x: mx.array, logits: mx.array) -> None:
+            experts = mlp.route(logits, self.positions).experts
+            self._see_input(experts_path(layer), x, layer, _one_hot(experts, 2).sum(axis=-2))
+            self._see_covariance(layer, x)
+
+        tap(mlp, "gate", see_router)
+
+    def _see_covariance(self, layer: int, x: mx.array) -> None:
+        wide = np.array(x.astype(mx.float32)).reshape(-1, x.shape[-1]).astype(np.float64)
+        # In float64: the few channels that dwarf all others must not drown what tells experts apart.
+        self.calibration.covariances[layer] = self.calibration.covariances.get(layer, 0) + wide.T @ wide
 
     def _see_input(self, path: str, x: mx.array, layer: int | None, members: mx.array | None = None) -> None:
         """Add inputs [1, L, D] of a network; ``layer`` when they are the layer's own, to keep some of them."""

@@ -24,7 +24,7 @@ from gm_mlx.model import Model
 from gm_mlx.processor import Processor
 from gm_mlx.quant.calibration import Sample, encode
 from gm_mlx.router import Routing
-from gm_mlx.train.answers import greedy_answers
+from gm_mlx.train.answers import greedy_answers, same_answer
 
 ANSWER_TOKENS = 16  # an answer's later tokens depend on its first ones: more of them tell little more
 
@@ -108,17 +108,17 @@ def answered(model: Model, processor: Processor, sample: Sample, answer_tokens: 
             "shorten it or use fewer images"
         )
     cache = make_cache(model)
-    x = model.embed(ids, None if pixels is None else model.encode_images(pixels))
+    x, positions = model.embed(ids, None if pixels is None else model.encode_images(pixels)), model.positions(ids)
     answer: list[int] = []
     vocab_size = processor.tokenizer.vocab_size
     for _ in range(min(answer_tokens, context - length)):
-        logits = model.logits(model.hidden(x, cache)[:, -1:])[0, 0, :vocab_size]
+        logits = model.logits(model.hidden(x, cache, positions=positions)[:, -1:])[0, 0, :vocab_size]
         allowed = mx.arange(logits.size) != processor.image_token_id
         token = int(np.array(mx.argmax(mx.where(allowed, logits, -mx.inf))))
         if token in processor.stop_ids:
             break  # that the answer ends here is the last prediction that counts
         answer.append(token)
-        x = model.language_model.embed(mx.array([[token]]))
+        x, positions = model.language_model.embed(mx.array([[token]])), positions.next_token()
     ids = np.concatenate([ids, np.array([answer], ids.dtype).reshape(1, -1)], axis=1)
     return Case(ids, pixels, length - 1, vocab_size)
 
@@ -128,7 +128,7 @@ def observe(model: Model, case: Case, embeddings: mx.array | None = None) -> Obs
     if embeddings is None:
         embeddings = model.embed(case.ids, None if case.pixels is None else model.encode_images(case.pixels))
     trace: list[Routing] = []
-    hidden = model.hidden(embeddings, trace=trace)
+    hidden = model.hidden(embeddings, trace=trace, positions=model.positions(case.ids))
     logits = model.logits(hidden[:, case.start :])[0, :, : case.vocab_size].astype(mx.float32)  # [n, V]
     log_probs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     mx.eval(log_probs, [routing.experts for routing in trace])
@@ -267,9 +267,5 @@ def exact_match(model: Model, processor: Processor, questions: Sequence[Question
         asked = questions[start : start + batch]
         pixels = [processor.pixels([question.image])[0] for question in asked]
         given = greedy_answers(model, processor, [question.question for question in asked], pixels)
-        right += sum(_plain(a) == _plain(q.answer) for a, q in zip(given, asked, strict=True))
+        right += sum(same_answer(a, q.answer) for a, q in zip(given, asked, strict=True))
     return right / len(questions)
-
-
-def _plain(text: str) -> str:
-    return text.strip().casefold().removesuffix(".")

@@ -98,10 +98,10 @@ def low_rank_routers(
     for layer in config.text_config.sparse_layers:
         gate = f"language_model.model.layers.{layer}.mlp.gate"
         weight = router_weight(tensors, gate)
-        covariance = None if covariances is None else covariances[layer]
+        covariance = None if covariances is None else covariances.get(layer)
         u, v = low_rank(weight, rank, covariance)
         reduced = (u.astype(np.float64) @ v.astype(np.float64)).T
-        inputs = None if rows is None else rows[layer]
+        inputs = None if rows is None else rows.get(layer)
         layers.append(
             RouterRank(
                 layer,

@@ -29,6 +29,7 @@ from gm_mlx.quant.build import build_model, rounded
 from gm_mlx.quant.calibration import LAYERS, Sample, encode
 from gm_mlx.quant.evaluate import Progress, answered, divergence, observe
 from gm_mlx.quant.recipes import Q2, Q3, Q4, Q6, Q8, Precision, fitting, quantizable
+from gm_mlx.router import Positions
 from gm_mlx.tensors import Tensor
 from gm_mlx.weights import runs_on_cpu
 
@@ -96,13 +97,14 @@ def layer_damage(
     steps = config.text_config.num_hidden_layers + 1
     outer = Model(config)
     _load(outer, tensors, lambda name: not name.startswith(f"{LAYERS}."))
-    streams = []  # [1, L, D] per sample
+    streams, positions = [], []  # [1, L, D] per sample
     errors: dict[int, list[float]] = {option.bits: [] for option in OPTIONS}
     embedding = outer.language_model.model.embed_tokens
     for sample in samples:
         ids, pixels = encode(processor, sample)
         feature = None if pixels is None else outer.encode_images(pixels)
         streams.append(outer.embed(ids, feature))
+        positions.append(outer.positions(ids))
         for option in OPTIONS:
             with _rounded([embedding], option):
                 errors[option.bits].append(_error(streams[-1], outer.embed(ids, feature)))
@@ -114,13 +116,13 @@ def layer_damage(
         _load(block, tensors, lambda name, prefix=prefix: name.startswith(prefix), prefix)  # type: ignore[misc]
         modules = dict(block.named_modules())
         before = streams
-        streams = [_through(block, x) for x in before]
+        streams = [_through(block, x, where) for x, where in zip(before, positions, strict=True)]
         for part, paths in found.items():
             if paths[0].startswith(prefix):
                 for option in OPTIONS:
                     with _rounded([modules[path.removeprefix(prefix)] for path in paths], option):
-                        pairs = zip(before, streams, strict=True)
-                        values = [_error(y, _through(block, x)) for x, y in pairs]
+                        samples_seen = zip(before, streams, positions, strict=True)
+                        values = [_error(y, _through(block, x, where)) for x, y, where in samples_seen]
                     damage[part][option.bits] = float(np.mean(values))
         if progress is not None:
             progress("measure", layer + 1, steps)
@@ -146,8 +148,8 @@ def _load(module: nn.Module, tensors: Mapping[str, Tensor], wanted: Callable[[st
     module.eval()
 
 
-def _through(block: Block, x: mx.array) -> mx.array:
-    y = block(x, create_attention_mask(x, None))
+def _through(block: Block, x: mx.array, positions: Positions) -> mx.array:
+    y = block(x, create_attention_mask(x, None), positions=positions)
     mx.eval(y)
     return y
 

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
-from gm_mlx.config import ACTIVATIONS, LAYER_MODES, ModelConfig, MoEConfig, TextConfig, VisionConfig
+from gm_mlx.config import LAYER_MODES, ModelConfig, MoEConfig, TextConfig, VisionConfig
+from gm_mlx.config_checks import ACTIVATIONS
 from gm_mlx.errors import UserError
 from gm_mlx.model import Model
 from gm_mlx.presets import PRESETS

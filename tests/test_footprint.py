@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from eve_models import CONFIG as EVE
 from fixtures import tiny_config, tiny_folder, tiny_model
 
 from gm_mlx.config import ModelConfig, MoEConfig, TextConfig
@@ -110,7 +111,34 @@ def test_known_counts(family: str) -> None:
     assert footprint(whole).total + 2 * 1024 == FILES[family]
 
 
+def test_eve_s_counts() -> None:
+    """PanGu-pi-1.5B-Pro with a vision FFN in 11 of 22 layers, SigLIP-L/16 at 384 pixels, and LDP."""
+    size, width, vocab, inside = 2048, 5632, 48000, 128
+    matrix, attention = size * width, 4 * size**2 + 3 * size
+    dense = (
+        2 * vocab * size + 22 * (attention + 2 * size) + size + 15 * 4 * matrix + 7 * (3 * matrix + 2 * inside * size)
+    )
+    # Layers 0, 2, ... 14 have four matrices in an FFN, 16, 18 and 20 have three.
+    vision_ffns, routers = (8 * 4 + 3 * 3) * matrix, 11 * 2 * size
+    eve = PRESETS["eve-1.8b"]
+    assert decoder_parameters(replace(eve, text_config=replace(eve.text_config, moe=None))) == (dense, dense)
+    assert decoder_parameters(eve) == (dense + vision_ffns + routers, dense + routers)
+
+    block = 9 * size + 2 * 2 * size + 2 * size * 512 + 512 + size + size**2
+    linears = 1024 * size + size + size**2 + size
+    tower = (3 * 16 * 16 + 1 + 576) * 1024 + 24 * (4 * 1024**2 + 2 * 1024 * 4096 + 13 * 1024) + 2 * 1024
+    counted = footprint(eve)
+    assert counted.components["projector"].total == linears + 2 * block
+    assert counted.components["tower"].total == tower
+    assert round(counted.active / 1e9, 1) == 1.8  # Eve-1.8B
+    once = 2 * 2 * size * 512 * 2  # squeeze-and-excitation sees one position of each block
+    products = 2 * 576 * (1024 * size + size**2) + (576 + 144) * 2 * (9 * size + size**2) + once
+    assert counted.flops.projector == products
+
+
 VARIANTS = {
+    "eve": EVE,
+    "ldpnetv2": replace(EVE, projector_type="ldpnetv2"),
     "siglip": tiny_config("siglip"),
     "clip": tiny_config("clip"),
     "class token": replace(tiny_config("clip"), vision_feature_select_strategy="full"),

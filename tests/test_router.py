@@ -122,7 +122,7 @@ def test_the_config_chooses_the_router() -> None:
 
 
 def trace_of(logits: np.ndarray) -> Routing:
-    return Routing(0, *choose(mx.array(logits), 2, True))
+    return Routing(0, *choose(mx.array(logits), 2, True), mx.array(logits))
 
 
 def test_load_balancing_loss_sums_over_layers() -> None:

@@ -71,22 +71,36 @@ NAMES: list[tuple[str, str | None]] = [
 ]
 
 
+class LowRankGate(nn.Module):
+    """A router through a bottleneck."""
+
+    def __init__(self, text: TextConfig, moe: MoEConfig) -> None:
+        super().__init__()
+        self.u = nn.Parameter(torch.empty(text.hidden_size, moe.router_rank))
+        self.v = nn.Parameter(torch.empty(moe.router_rank, moe.num_experts))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x @ self.u) @ self.v
+
+
 class NaiveMoE(nn.Module):
     """A mixture of experts as a loop over tokens; ``trace`` keeps each token's choice of the last call."""
 
     def __init__(self, text: TextConfig, moe: MoEConfig) -> None:
         super().__init__()
         self.top_k, self.norm_topk_prob = moe.top_k, moe.norm_topk_prob
-        self.gate = nn.Linear(text.hidden_size, moe.num_experts, bias=False)
+        full = nn.Linear(text.hidden_size, moe.num_experts, bias=False)
+        self.gate = LowRankGate(text, moe) if moe.router_rank else full
         self.experts = nn.ModuleList(GemmaMLP(gemma_config(text)) for _ in range(moe.num_experts))
         self.mlp = GemmaMLP(gemma_config(text)) if moe.use_residual else None
         self.coefficient = nn.Linear(text.hidden_size, 2) if moe.use_residual else None
         self.trace: list[list[int]] = []
-        self.probabilities = torch.zeros(0)
+        self.logits = self.probabilities = torch.zeros(0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         tokens = x.reshape(-1, x.shape[-1])
-        self.probabilities = torch.softmax(self.gate(tokens), dim=-1)
+        self.logits = self.gate(tokens)
+        self.probabilities = torch.softmax(self.logits, dim=-1)
         self.trace, rows = [], []
         for token, p in zip(tokens, self.probabilities, strict=True):
             values = p.tolist()
@@ -103,11 +117,13 @@ class NaiveMoE(nn.Module):
             rows.append(y)
         return torch.stack(rows).reshape(x.shape)
 
-    def load_balancing_loss(self) -> torch.Tensor:
-        """DeepSpeed's l_aux of the last call: E * sum_e mean(p_e) * mean(e comes first)."""
+    def load_balancing_loss(self, real: torch.Tensor | None = None) -> torch.Tensor:
+        """DeepSpeed's l_aux of the last call: E * sum_e mean(p_e) * mean(e comes first), over ``real`` tokens."""
         num_experts = self.probabilities.shape[-1]
         first = torch.nn.functional.one_hot(torch.tensor([t[0] for t in self.trace]), num_experts).float()
-        return (self.probabilities.mean(dim=0) * first.mean(dim=0)).sum() * num_experts
+        p = self.probabilities
+        p, first = (p, first) if real is None else (p[real], first[real])
+        return (p.mean(dim=0) * first.mean(dim=0)).sum() * num_experts
 
 
 def gemma_config(text: TextConfig) -> GemmaConfig:
@@ -170,11 +186,16 @@ def randomise(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
+def our_name(name: str) -> str | None:
+    """gm-mlx's name of one of transformers 5's tensors; None for one that it has no place for."""
+    return next(to if to is None else re.sub(at, to, name) for at, to in NAMES if re.fullmatch(at, name))
+
+
 def weights(model: nn.Module) -> dict[str, np.ndarray]:
     """A PyTorch model's weights under gm-mlx's names and in its layouts."""
     renamed: dict[str, np.ndarray] = {}
     for name, tensor in model.state_dict().items():
-        new = next(to if to is None else re.sub(at, to, name) for at, to in NAMES if re.fullmatch(at, name))
+        new = our_name(name)
         if new is not None:
             value = tensor.detach().numpy()
             renamed[new] = value.transpose(0, 2, 3, 1) if "patch_embedding.weight" in new else value

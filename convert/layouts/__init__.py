@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from gm_mlx.convert.layouts.eve import EVE
 from gm_mlx.convert.layouts.hf_llava import HF_LLAVA
 from gm_mlx.convert.layouts.llava import LLAVA
 from gm_mlx.convert.layouts.moe_llava import MOE_LLAVA
 
-# MoE-LLaVA's marks come before LLaVA's: its checkpoints may have some of LLaVA's names too.
-LAYOUTS = (HF_LLAVA, MOE_LLAVA, LLAVA)
+# Eve's checkpoints have MoE-LLaVA's names too, and those may have some of LLaVA's.
+LAYOUTS = (HF_LLAVA, EVE, MOE_LLAVA, LLAVA)

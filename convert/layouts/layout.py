@@ -25,6 +25,7 @@ class Layout:
         feature_strategy: the key that says which of its positions.
         strategies: the values of that key, and Hugging Face's words for them.
         refused: config keys, each with the values with which a checkpoint can be converted.
+        moe_kind: what two experts of a layer are: ``MoEConfig.kind``.
     """
 
     title: str
@@ -38,6 +39,7 @@ class Layout:
     feature_strategy: str = "mm_vision_select_feature"
     strategies: Mapping[str, str] = field(default_factory=lambda: {"patch": "default", "cls_patch": "full"})
     refused: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
+    moe_kind: str = "experts"
 
     def matches(self, names: Iterable[str]) -> bool:
         """Whether tensors of these names are of this layout."""

@@ -22,7 +22,8 @@ NAMES: Names = (
     (r"(?:vision_model\.)?((?:embeddings|pre_layrnorm|encoder|post_layernorm|head)\..*)", STORED + r"\1"),
 )
 # Behind the last hidden state: no LLaVA reads them.
-UNUSED = r"post_layernorm\..*|head\..*"
+UNUSED_HEAD = r"head\..*"
+UNUSED = rf"post_layernorm\..*|{UNUSED_HEAD}"
 
 
 @dataclass(frozen=True)
