@@ -67,7 +67,12 @@ def check_recipe(name: str | None) -> None:
 
 
 def open_source(
-    source: str, vision: str | None, base: str | None, template: str | None, scale_image_features: bool | None
+    source: str,
+    vision: str | None,
+    base: str | None,
+    template: str | None,
+    scale_image_features: bool | None,
+    new_projector: bool = False,
 ) -> Opened:
     """Finds a checkpoint or a model folder, and what it lacks."""
     from gm_mlx.convert.source import is_model_folder, reopen
@@ -75,7 +80,12 @@ def open_source(
 
     folder = find_model() if source == BUILT_IN and not Path(source).is_dir() else find_checkpoint(source)
     if is_model_folder(folder):
-        checkpoint_only = {"--vision": vision, "--base": base, "--scale-image-features": scale_image_features}
+        checkpoint_only = {
+            "--vision": vision,
+            "--base": base,
+            "--scale-image-features": scale_image_features,
+            "--new-projector": new_projector or None,
+        }
         refuse(checkpoint_only, f"with {source}, which is a gm-mlx model already")
         return Opened(reopen(folder, template=template), source, {"checkpoint": folder}, {"checkpoint": source})
     from gm_mlx.convert.checkpoint import open_checkpoint
@@ -94,6 +104,10 @@ def open_source(
             names["vision"], folders["vision"] = tower, find_checkpoint(tower)
         except UserError as error:
             raise UserError(f"{error}; it is the vision tower of {source}: --vision takes a folder with it") from None
+    if new_projector:
+        from gm_mlx.convert.new_projector import with_new_projector
+
+        checkpoint = with_new_projector(checkpoint, folders["vision"])
     translation = translate(
         checkpoint,
         vision=folders.get("vision"),
@@ -101,6 +115,8 @@ def open_source(
         template=template,
         scale_image_features=scale_image_features,
     )
+    if new_projector:
+        translation.notes.append("the projector is new, with random weights: train it by gm-mlx train --stage 1")
     return Opened(translation, source, folders, names)
 
 
@@ -121,7 +137,7 @@ def change(
         option = "--quantize" if recipe else "--upcycle"
         raise UserError(f"{opened.name}: is quantized, which {option} cannot start from; take what it was made from")
     if moe is not None:
-        from gm_mlx.convert.upcycle import upcycle
+        from gm_mlx.upcycle import upcycle
 
         config, tensors = upcycle(config, tensors, moe, split=split)
         gm["upcycle"] = {**asdict(moe), "from": "parts of dense FFNs" if split else "copies of dense FFNs"}

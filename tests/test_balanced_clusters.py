@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gm_mlx.convert.balanced_clusters import balanced_clusters
+from gm_mlx.balanced_clusters import balanced_clusters
 
 
 def spread(points: np.ndarray, labels: np.ndarray) -> float:

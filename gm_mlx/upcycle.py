@@ -24,22 +24,25 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 
+from gm_mlx.balanced_clusters import balanced_clusters
 from gm_mlx.config import LAYER_MODES, ModelConfig, MoEConfig
-from gm_mlx.convert.balanced_clusters import balanced_clusters
 from gm_mlx.errors import UserError
+from gm_mlx.presets import EVF
 from gm_mlx.router import low_rank
 from gm_mlx.safetensors_writer import MLX_DTYPES
 from gm_mlx.tensors import Tensor
 
 SEED = 0x6D6C78
-ROUTER_SCALE = 0.02  # of a new router's weights, as Hugging Face draws linears
 LOGIT_SCALE = 0.1  # of a split model's logits, for inputs of unit variance: weights within a few percent of 1 / k
 
-OPTION = re.compile(r"(?P<experts>\d{1,4})\s*[x×]\s*(?P<top_k>\d{1,4})(?:@(?P<where>[\w,]+))?", re.IGNORECASE)
+OPTION = re.compile(
+    r"(?:(?P<evf>evf)|(?P<experts>\d{1,4})\s*[x×]\s*(?P<top_k>\d{1,4}))(?:@(?P<where>[\w,]+))?", re.IGNORECASE
+)
 
 # An FFN's tensors: the axis that counts its neurons, or None for one that every expert needs whole.
 NEURON_AXIS = {
     "gate_proj.weight": 0,
+    "gate_proj2.weight": 0,
     "up_proj.weight": 0,
     "down_proj.weight": 1,
     "fc1.weight": 0,
@@ -51,30 +54,38 @@ OUTPUTS = ("down_proj.weight", "fc2.weight")  # k is folded into these; the bias
 
 
 def parse_upcycle(text: str) -> MoEConfig:
-    """The experts that ``--upcycle`` asks for: ``4x2``, ``4x2@second_half`` or ``4x2@0,2,5``.
+    """The experts that ``--upcycle`` asks for: ``4x2``, ``4x2@second_half`` or ``4x2@0,2,5``; or ``evf``.
 
     Args:
-        text: experts × experts per token, and which layers: a key of ``LAYER_MODES`` or a list; "sparse" when missing.
+        text: experts × experts per token, or "evf" for Eve's vision FFNs, and which layers: a key of ``LAYER_MODES`` or
+            a list; "sparse" when missing.
 
     Raises:
         UserError: the text is none of this.
     """
     match = OPTION.fullmatch(text.strip())
     if match is None:
-        raise UserError(f"--upcycle {text!r}: not EXPERTSxTOP_K[@LAYERS], such as 4x2, 4x2@second_half or 4x2@0,2,5")
-    experts, top_k, where = int(match["experts"]), int(match["top_k"]), match["where"] or "sparse"
-    if experts < 2 or not 1 <= top_k <= experts:
-        raise UserError(f"--upcycle {text!r}: needs at least 2 experts, and 1 to {max(experts, 2)} of them per token")
+        raise UserError(
+            f"--upcycle {text!r}: not EXPERTSxTOP_K[@LAYERS], such as 4x2, 4x2@second_half or 4x2@0,2,5, and not evf"
+        )
+    moe, where = EVF, match["where"] or "sparse"
+    if not match["evf"]:
+        experts, top_k = int(match["experts"]), int(match["top_k"])
+        if experts < 2 or not 1 <= top_k <= experts:
+            raise UserError(
+                f"--upcycle {text!r}: needs at least 2 experts, and 1 to {max(experts, 2)} of them per token"
+            )
+        moe = MoEConfig(num_experts=experts, top_k=top_k)
     if where in LAYER_MODES:
-        return MoEConfig(num_experts=experts, top_k=top_k, mode=where)  # type: ignore[arg-type]
+        return replace(moe, mode=where)  # type: ignore[arg-type]
     if not re.fullmatch(r"\d{1,4}(,\d{1,4})*", where):
         raise UserError(f"--upcycle {text!r}: {where!r} is not one of {list(LAYER_MODES)} and not a list of layers")
     layers = tuple(sorted({int(layer) for layer in where.split(",")}))
-    return MoEConfig(num_experts=experts, top_k=top_k, mode="custom", layers_idx=layers)
+    return replace(moe, mode="custom", layers_idx=layers)
 
 
 def upcycle(
-    config: ModelConfig, tensors: Mapping[str, Tensor], moe: MoEConfig, *, split: bool = False
+    config: ModelConfig, tensors: Mapping[str, Tensor], moe: MoEConfig, *, split: bool = False, seed: int = 0
 ) -> tuple[ModelConfig, dict[str, Tensor]]:
     """Turn dense FFNs into mixtures of experts.
 
@@ -82,13 +93,16 @@ def upcycle(
         config: of a model without experts.
         tensors: its tensors by their names in a model folder, not quantized.
         moe: the experts to make. ``router_rank`` makes low-rank routers; ``use_residual`` keeps the dense FFN beside
-            them (copying only).
+            them (copying only). Of kind "evf", the dense FFN becomes the language FFN, and the vision FFN its copy.
         split: deal the neurons out to the experts instead of copying all of them.
+        seed: of the routers of copies, which are drawn as MoE-LLaVA leaves them to torch: uniformly within 1 / sqrt(D).
+            No noise is put on the copies.
 
     Returns:
-        The config and the tensors of the sparse model. Copied, it computes the same as the dense one. Split, only with
-        all experts and equal weights; ``config.text_config.moe.expert_size`` is F / E then. Nothing is read before a
-        tensor of a sparse layer is, and then no more than that layer.
+        The config and the tensors of the sparse model. Copied, it computes the same as the dense one; of kind "evf",
+        for requests without images, while in others the router's probability weighs each FFN's output. Split, only
+        with all experts and equal weights; ``config.text_config.moe.expert_size`` is F / E then. Nothing is read before
+        a tensor of a sparse layer is, and then no more than that layer.
 
     Raises:
         UserError: the model is sparse or quantized, no layer is chosen, or its neurons cannot be split evenly.
@@ -96,6 +110,8 @@ def upcycle(
     text = config.text_config
     if text.moe is not None:
         raise UserError("--upcycle: the model has experts already; name a dense one")
+    if split and moe.kind == "evf":
+        raise UserError("--upcycle-split: a vision FFN is a copy; leave one of them out")
     if split and moe.use_residual:
         raise UserError("--upcycle-split: cannot be combined with a residual FFN; leave one of them out")
     if split and text.intermediate_size % moe.num_experts:
@@ -105,8 +121,9 @@ def upcycle(
         )
     if moe.router_rank >= moe.num_experts:
         raise UserError(f"--router-rank: {moe.router_rank} is not below the number of experts, {moe.num_experts}")
-    # With weights that do not add up to 1, the copies would be a share of the dense FFN.
-    moe = replace(moe, norm_topk_prob=True, expert_size=text.intermediate_size // moe.num_experts if split else 0)
+    if moe.kind == "experts":
+        # With weights that do not add up to 1, the copies would be a share of the dense FFN.
+        moe = replace(moe, norm_topk_prob=True, expert_size=text.intermediate_size // moe.num_experts if split else 0)
     try:
         layers = moe.layers(text.num_hidden_layers)
     except UserError:
@@ -125,20 +142,23 @@ def upcycle(
             raise UserError(f"--upcycle: tensor {prefix + unknown[0]!r} is not of a dense FFN that is not quantized")
         if not ffn:
             raise UserError(f"--upcycle: the model has no {prefix}*; convert it again")
-        sparse = _split_ffn(ffn, moe, layer) if split else _copy_ffn(ffn, moe, layer, text.hidden_size)
+        sparse = _split_ffn(ffn, moe, layer) if split else _copy_ffn(ffn, moe, [SEED, seed, layer], text.hidden_size)
         result |= {prefix + name: tensor for name, tensor in sparse.items()}
     return replace(config, text_config=replace(text, moe=moe)), result
 
 
-def _copy_ffn(ffn: Mapping[str, Tensor], moe: MoEConfig, layer: int, hidden_size: int) -> dict[str, Tensor]:
+def _copy_ffn(ffn: Mapping[str, Tensor], moe: MoEConfig, seed: list[int], hidden_size: int) -> dict[str, Tensor]:
     def stacked(tensor: Tensor) -> Tensor:
         shape = (moe.num_experts, *tensor.shape)  # [E, out, in]
         return Tensor(tensor.dtype, shape, lambda: mx.broadcast_to(tensor.read(), shape))
 
     def router() -> np.ndarray:
-        random = np.random.default_rng([SEED, layer])
-        return random.normal(scale=ROUTER_SCALE, size=(moe.num_experts, hidden_size))
+        bound = hidden_size**-0.5
+        return np.random.default_rng(seed).uniform(-bound, bound, (moe.num_experts, hidden_size))
 
+    if moe.kind == "evf":
+        networks = {f"{part}.{name}": ffn[name] for part in ("language_ffn", "vision_ffn") for name in ffn}
+        return networks | _router(moe, hidden_size, router)
     result = {f"switch_mlp.{name}": stacked(tensor) for name, tensor in ffn.items()}
     if moe.use_residual:
         # A softmax over zeros: half of the experts, which all are the dense FFN, and half of the dense FFN.
