@@ -19,6 +19,7 @@ from torch_reference import CLIP, IMAGE_TOKEN, TEXT, relative_error
 from gm_mlx import cpu
 from gm_mlx._mlx_lm import SwitchLinear
 from gm_mlx.config import ModelConfig, MoEConfig
+from gm_mlx.cpu import activations, matrix
 from gm_mlx.model import Model
 from gm_mlx.moe import MLP, SparseMLP
 from gm_mlx.router import Routing
@@ -57,13 +58,13 @@ def tokens(*shape: int) -> mx.array:
 def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Tokens of each product that the fast path computes."""
     seen: list[int] = []
-    times = cpu.Matrix.times
+    times = matrix.Matrix.times
 
-    def spy(self: cpu.Matrix, x: np.ndarray) -> np.ndarray:
+    def spy(self: matrix.Matrix, x: np.ndarray) -> np.ndarray:
         seen.append(len(x))
         return times(self, x)
 
-    monkeypatch.setattr(cpu.Matrix, "times", spy)
+    monkeypatch.setattr(matrix.Matrix, "times", spy)
     return seen
 
 
@@ -115,8 +116,8 @@ def test_every_activation(activation: str, products: list[int]) -> None:
 
 
 def test_matrices_larger_than_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "BLOCK", 7 * 128)  # 200 rows in pieces of 7, the last one of 4
-    monkeypatch.setattr(cpu, "CHUNK", 3 * 256)
+    monkeypatch.setattr(matrix, "BLOCK", 7 * 128)  # 200 rows in pieces of 7, the last one of 4
+    monkeypatch.setattr(activations, "CHUNK", 3 * 256)
     for make in LAYERS:
         layer, x = make(bits=4), tokens(1, 40)
         stock = np.array(layer(x))
@@ -153,9 +154,9 @@ def test_other_quantizations_stay_with_the_stock_kernels(
     make: Callable[..., nn.Module], quantization: dict[str, Any], products: list[int]
 ) -> None:
     layer, x = make(**quantization), tokens(1, 40)
-    stock = layer(x)
+    stock = np.array(layer(x))
     cpu.speed_up(layer)
-    assert mx.array_equal(layer(x), stock)
+    assert relative_error(layer(x), stock) <= TOLERANCE
     assert not products
 
 
@@ -199,7 +200,7 @@ def test_a_stack_of_experts(how: dict[str, Any], bias: bool, products: list[int]
 
 def test_an_expert_without_tokens_is_not_unpacked(products: list[int]) -> None:
     layer = sparse(bits=4)
-    layer.gate.weight = mx.array([[1.0], [-1.0], [2.0], [-2.0]]) * mx.ones((4, 128))
+    layer.gate.weight = mx.array([[0.1], [-0.1], [0.2], [-0.2]]) * mx.ones((4, 128))
     x = mx.abs(tokens(1, 40))
     stock = np.array(layer(x))
     cpu.speed_up(layer)
@@ -295,7 +296,7 @@ def test_lora_trains_on_top() -> None:
 
 
 def test_a_gpu_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu.mx, "default_device", lambda: mx.Device(mx.gpu))
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
     layer = sparse(bits=4)
     cpu.speed_up(layer)
     assert type(layer) is SparseMLP

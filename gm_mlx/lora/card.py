@@ -25,7 +25,7 @@ gm-mlx chat --model model.gguf --lora {name}.gguf --image photo.jpg
 FOR_GGUF = {"attention", "dense_ffn", "experts", "routers"}  # what llama.cpp has LoRA for
 
 
-def adapter_card(name: str, base: str, config: Mapping[str, Any], parts: Iterable[Part]) -> str:
+def adapter_card(name: str, base: str, config: Mapping[str, Any], parts: Iterable[Part], about: str = "") -> str:
     """The text of README.md, with Hugging Face's metadata on top.
 
     Args:
@@ -33,6 +33,7 @@ def adapter_card(name: str, base: str, config: Mapping[str, Any], parts: Iterabl
         base: the name of the model that it is for.
         config: its ``adapter_config.json``.
         parts: what it has for each component.
+        about: of its training, for a section of its own.
     """
     parts = list(parts)
     kind = "DoRA" if config["use_dora"] else "LoRA"
@@ -53,6 +54,7 @@ def adapter_card(name: str, base: str, config: Mapping[str, Any], parts: Iterabl
         f"A {kind} adapter for {base}, made by gm-mlx {__version__}; alpha is {config['lora_alpha']:g}, and B A is "
         f"multiplied by {scale}.",
         "\n".join(["| part | matrices | rank | parameters |", "|---|---|---|---|", *rows]),
+        *(["## Training", about] if about else []),
         "## Use",
         USE.format(name=name, base=base),
     ]

@@ -189,6 +189,7 @@ def save_adapter(
     peft: bool = False,
     force: bool = False,
     gm: Mapping[str, Any] | None = None,
+    about: str = "",
 ) -> None:
     """Write one of a model's adapters as a folder, or nothing (see ``new_folder``).
 
@@ -200,6 +201,7 @@ def save_adapter(
         peft: give each expert tensors of its own, as peft has them, and not one stack for a layer's.
         force: replace an adapter or a model that is there.
         gm: what ``gm.json`` says beside the base.
+        about: what the card says of the training.
 
     Raises:
         UserError: ``out`` is not free or cannot be written.
@@ -225,7 +227,8 @@ def save_adapter(
         **(gm or {}),
         "base": {"name": base, "config": _identity(model.config)},
     }
-    card = adapter_card(out.name, base, config, parts(describe(targets[path], low) for path, low in found.items()))
+    kinds = parts(describe(targets[path], low) for path, low in found.items())
+    card = adapter_card(out.name, base, config, kinds, about)
     with new_folder(out, force=force) as folder:
         mx.save_safetensors(str(folder / ADAPTER_FILE), tensors, {"format": "pt"})
         (folder / LORA_CONFIG).write_text(json_text(config), encoding="utf-8")

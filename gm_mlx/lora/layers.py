@@ -21,6 +21,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from gm_mlx import cpu
 from gm_mlx._mlx_lm import QuantizedSwitchLinear, SwitchLinear
 from gm_mlx.router import LowRankRouter, Router
 from gm_mlx.weights import PACKED, runs_on_cpu
@@ -129,13 +130,22 @@ class LoRALinear(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """[..., in] to [..., out]."""
+        if (y := self._at_once(x)) is not None:
+            return y
         y = self.base(x)
         plain = y - self.base.bias if "bias" in self.base else y
         for one in self.adapters:
             a, b = one.factors(x.dtype)
-            low = (one.dropout(x) @ a.T) @ b.T
-            y = y + one.change(low, plain, one.gain(self))
+            low, gain = one.dropout(x) @ a.T, one.gain(self)
+            if gain is None:  # as below, in one product
+                y = mx.addmm(y, low, b.T, alpha=one.scale * one.weight)
+            else:
+                y = y + one.change(low @ b.T, plain, gain)
         return y
+
+    def _at_once(self, x: mx.array) -> mx.array | None:
+        """All of ``__call__`` as one function, which MLX's CPU backend has for plain bases and fast ones."""
+        return cpu.linear(x, self) if runs_on_cpu() and isinstance(self.base, cpu.BASES) else None
 
     def product(self, rows: mx.array) -> mx.array:
         """W x without a bias for each row x of [r, in]: [r, out]."""
@@ -163,6 +173,8 @@ class LoRASwitchLinear(nn.Module):
         dtype = mx.float32 if runs_on_cpu() else x.dtype  # the only one that gather_mm has there
 
         def times(x: mx.array, matrices: mx.array) -> mx.array:
+            if runs_on_cpu():
+                return cpu.expert_products(x, matrices, indices, sorted_indices)
             return mx.gather_mm(x, matrices.swapaxes(-1, -2), rhs_indices=indices, sorted_indices=sorted_indices)
 
         y = self.base(x, indices, sorted_indices=sorted_indices)
