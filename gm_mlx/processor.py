@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,16 @@ class Processor:
             UserError: A key is missing, unknown or of the wrong type.
         """
         return cls(tokenizer=tokenizer, **_parts(config))
+
+    def with_template(self, template: ChatTemplate) -> Processor:
+        """Returns the same processor with another chat template: only what that ends an answer with shall end it.
+
+        Raises:
+            UserError: The tokenizer lacks the template's control tokens. BOS is left out where it has none.
+        """
+        if self.tokenizer.bos_id is None:
+            template = replace(template, bos=False)
+        return replace(self, template=template, stop_ids=frozenset())
 
     def save(self, folder: str | Path) -> None:
         """Writes ``processor_config.json``, ``chat_template.jinja`` and the tokenizer's files; makes the folder."""

@@ -1,8 +1,8 @@
 """Weights on disk: a model folder's ``config.json`` and safetensors files, read and written.
 
 Reading is lazy: files are checked against the model's names and shapes from their headers alone, and a tensor's bytes
-are read when a result first needs them. Writing puts every file beside its old version and renames it when it is
-complete, so an interrupted save leaves the old model whole.
+are read when a result first needs them. A folder is written beside its place and renamed when it is complete, so an
+interrupted save leaves the old model whole. ``gm_mlx.folder`` writes models that need not fit into memory.
 
 Quantization is described by mlx-lm's table in ``config.json``: defaults for all quantized layers and an entry for each
 layer that differs. Which layers are quantized at all is seen from the file: they are the ones that have ``scales``.
@@ -13,10 +13,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -26,12 +25,15 @@ from gm_mlx import cpu
 from gm_mlx.config import ModelConfig
 from gm_mlx.errors import UserError
 from gm_mlx.model import Model
+from gm_mlx.new_folder import check_out, new_folder
 from gm_mlx.safetensors_header import Entry
 from gm_mlx.tensors import Tensor, open_safetensors
 
+if TYPE_CHECKING:
+    from gm_mlx.processor import Processor
+
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-WEIGHT_FILES = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 FLOAT_ENTRIES = ("F32", "F16", "BF16")
@@ -87,18 +89,22 @@ def load_model(folder: Path, *, dtype: str | None = None) -> Model:
     return model
 
 
-def save_model(model: Model, folder: Path, *, max_shard_bytes: int = 5 << 30) -> None:
-    """Write ``config.json`` and the weights, in one file or in shards with an index.
-
-    Files of an older model in the folder are replaced one by one, each when its successor is complete.
+def save_model(
+    model: Model, folder: Path, processor: Processor | None = None, *, max_shard_bytes: int = 5 << 30
+) -> None:
+    """Write a model that is in memory as a folder, or nothing (see ``new_folder``).
 
     Args:
         model: the model; its lazy arrays are computed shard by shard.
-        folder: where to; made when missing.
+        folder: where to. A model that is there is replaced, and all else in its folder with it.
+        processor: written with its tokenizer; None leaves a folder that cannot chat.
         max_shard_bytes: most bytes of tensors per file. One larger tensor makes a larger file.
+
+    Raises:
+        UserError: the folder holds something else, or cannot be written.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     shards = _shards(named_arrays(model), max_shard_bytes)
     names = shard_names(len(shards))
     texts = {"config.json": json_text(model.config.to_dict())}
@@ -108,21 +114,13 @@ def save_model(model: Model, folder: Path, *, max_shard_bytes: int = 5 << 30) ->
         texts[INDEX_FILE] = json_text(
             {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         )
-
-    partial = {name: folder / f".partial-{os.getpid()}-{name}" for name in [*names, *texts]}
-    try:
+    with new_folder(check_out(folder, force=True), force=True) as partial:
         for name, shard in zip(names, shards, strict=True):
-            mx.save_safetensors(str(partial[name]), shard, metadata={"format": "mlx"})
+            mx.save_safetensors(str(partial / name), shard, metadata={"format": "mlx"})
         for name, text in texts.items():
-            partial[name].write_text(text, encoding="utf-8")
-        for name, path in partial.items():
-            path.replace(folder / name)
-    finally:
-        for path in partial.values():
-            path.unlink(missing_ok=True)
-    for old in folder.iterdir():
-        if WEIGHT_FILES.fullmatch(old.name) and old.name not in partial:
-            old.unlink()
+            (partial / name).write_text(text, encoding="utf-8")
+        if processor is not None:
+            processor.save(partial)
 
 
 def shard_names(count: int) -> list[str]:

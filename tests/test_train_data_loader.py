@@ -21,10 +21,11 @@ from gm_mlx.config import MoEConfig
 from gm_mlx.errors import UserError
 from gm_mlx.images import ImageConfig
 from gm_mlx.processor import Processor
-from gm_mlx.train.data import Batch, answer_loss
+from gm_mlx.train.data import Batch
 from gm_mlx.train.image_pool import ImagePool
 from gm_mlx.train.loader import Loader
 from gm_mlx.train.loop import TrainConfig, train
+from gm_mlx.train.losses import AnswerLoss
 from gm_mlx.train.prepare import Prepared, prepare
 from gm_mlx.train.rows import BadRows
 from gm_mlx.train.stages import select_stage
@@ -106,7 +107,7 @@ def test_a_share_without_rows_learns_nothing(prepared: Prepared, reader: Process
     with Loader(prepared.train, reader, 2, workers=0) as loader:
         batch = loader(0, rank=2, ranks=3)
     assert not batch.learnt.any()
-    (total, count), grads = nn.value_and_grad(model, answer_loss)(model, batch)
+    (total, count, _), grads = nn.value_and_grad(model, AnswerLoss())(model, batch)
     assert (total.item(), count.item()) == (0, 0)
     assert all(mx.abs(grad).max().item() == 0 for _, grad in tree_flatten(grads))
 
@@ -116,7 +117,7 @@ def test_the_loop_takes_a_loader(prepared: Prepared, reader: Processor, tmp_path
     select_stage(model, 1)
     config = TrainConfig(steps=3, learning_rate=1e-3, log_every=1)
     with Loader(prepared.train, reader, 4, workers=1) as loader:
-        train(model, answer_loss, loader, config, tmp_path)
+        train(model, AnswerLoss(), loader, config, tmp_path)
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 3
 
 

@@ -11,15 +11,16 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from fixtures import tiny_config, tiny_model
+from fixtures import tiny_config, tiny_folder, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save
 
 from gm_mlx.config import MoEConfig
-from gm_mlx.cpu import FastQuantizedLinear
+from gm_mlx.cpu.layers import FastQuantizedLinear
 from gm_mlx.errors import UserError
 from gm_mlx.model import Model
+from gm_mlx.processor import Processor
 from gm_mlx.safetensors_header import Entry, check_header
 from gm_mlx.weights import (
     apply_quantization,
@@ -81,14 +82,29 @@ def test_shards_hold_what_one_file_holds(tmp_path: Path) -> None:
 
 
 def test_a_save_leaves_no_file_of_the_model_before(tmp_path: Path) -> None:
-    (tmp_path / "README.md").write_text("a card")
-    save_model(tiny_model(), tmp_path, max_shard_bytes=100_000)
+    folder = tmp_path / "runs" / "model"  # made with the folders above it
+    save_model(tiny_model(), folder, max_shard_bytes=100_000)
+    (folder / "README.md").write_text("its card")
     second = tiny_model(1)
-    save_model(second, tmp_path)
-    assert files(tmp_path) == {"README.md", "config.json", "model.safetensors"}
-    save_model(second, tmp_path, max_shard_bytes=100_000)
-    assert "model.safetensors" not in files(tmp_path)
-    assert same(second, load_model(tmp_path))
+    save_model(second, folder)
+    assert files(folder) == {"config.json", "model.safetensors"}
+    save_model(second, folder, max_shard_bytes=100_000)
+    assert "model.safetensors" not in files(folder)
+    assert same(second, load_model(folder))
+
+
+def test_nothing_but_a_model_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "diary.txt").write_text("dear diary")
+    with pytest.raises(UserError, match="holds something else than a model"):
+        save_model(tiny_model(), tmp_path)
+    assert files(tmp_path) == {"diary.txt"}
+
+
+def test_a_processor_is_saved_with_the_model(tmp_path: Path) -> None:
+    processor = Processor.from_folder(tiny_folder(tmp_path / "first"))
+    save_model(tiny_model(1), tmp_path / "second", processor)
+    assert Processor.from_folder(tmp_path / "second").to_dict() == processor.to_dict()
+    assert files(tmp_path / "second") == files(tmp_path / "first")
 
 
 def test_a_loaded_model_may_be_saved_over_itself(tmp_path: Path) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,13 +11,12 @@ from PIL import Image
 
 from gm_mlx.bench.report import LETTERS, MEASURES, SPEED, Row, number, scaled
 from gm_mlx.errors import UserError
+from gm_mlx.figure import COLOURS, INSTALL, save_png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-INSTALL = "pip install 'gm-mlx[plot]'"
 SOFTWARE = "gm-mlx bench"  # in the file, so that only a plot is ever replaced by another
-COLOURS = ("#3b6fb6", "#e08214", "#4d9a51", "#b2477f", "#7a6bb0", "#8c6d46")
 COLUMNS = 3
 # What is left out: how long a file takes to load says more about the disk.
 SHOWN = tuple(measure for measure in MEASURES if measure != "load")
@@ -75,16 +72,10 @@ def write_plot(path: Path, measured: Sequence[Row], names: Sequence[str], title:
     handles = [_handle(form) for form in forms]
     labels = [f"{LETTERS[form]}  {names[form]}" for form in forms]
     figure.legend(handles, labels, loc="outside lower left", frameon=False, fontsize=9)
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=150, metadata={"Software": SOFTWARE})
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        partial.write_bytes(drawn.getvalue())
-        partial.replace(path)
+        save_png(figure, path, SOFTWARE)
     except OSError as error:
         raise UserError(f"--plot {path}: cannot be written ({error.strerror}); write elsewhere") from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _panels(measured: Sequence[Row]) -> dict[str, list[Row]]:

@@ -1,4 +1,4 @@
-"""Conversations to batches, and the loss on their answers."""
+"""Conversations to batches."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
 from gm_mlx.errors import UserError
-from gm_mlx.model import Model
-from gm_mlx.router import Routing, load_balancing_loss
 
 
 class Example(NamedTuple):
@@ -51,27 +48,3 @@ def collate(examples: Sequence[Example], pad_id: int, multiple: int = 8) -> Batc
         ids[row, :n], learnt[row, :n], real[row, :n] = example.ids, example.learnt, True
     pixels = [example.pixels for example in examples if example.pixels is not None]
     return Batch(ids, learnt, real, mx.array(np.concatenate(pixels)) if pixels else None)
-
-
-def answer_loss(model: Model, batch: Batch) -> tuple[mx.array, mx.array]:
-    """Cross-entropy of the learnt tokens, with the load-balancing loss where there are experts.
-
-    Logits are computed for the rows that predict a learnt token and for no other: at Gemma's vocabulary of 256,000 the
-    rest would be gigabytes.
-
-    Returns:
-        The sum over learnt tokens, and their number. The load-balancing loss counts once per learnt token.
-    """
-    features = None if batch.pixels is None else model.encode_images(batch.pixels)
-    trace: list[Routing] = []
-    hidden = model.hidden(model.embed(batch.ids, features), trace=trace)
-    rows, columns = np.nonzero(batch.learnt)
-    if not len(rows):  # a rank whose share of a step is empty takes part in it and adds nothing
-        return 0 * hidden.sum(), mx.array(0)
-    logits = model.logits(hidden[mx.array(rows), mx.array(columns - 1)])  # [M, V]: each row predicts its successor
-    total = nn.losses.cross_entropy(logits, mx.array(batch.ids[rows, columns]), reduction="sum")
-    count = mx.array(len(rows))
-    moe = model.config.text_config.moe
-    if moe is not None and trace:
-        total = total + moe.aux_loss_coef * count * load_balancing_loss(trace, mx.array(batch.real))
-    return total, count

@@ -81,6 +81,15 @@ class Loader:
         """Where the rows of a step come from, over all ranks and parts, for messages."""
         return [str(self.dataset.rows[row].where) for row in self.plan.rows(step)]
 
+    def pixels(self, row: int) -> np.ndarray | None:
+        """A row's images as the model takes them, float32 [N, size, size, 3]; None when it has none.
+
+        Raises:
+            UserError: an image cannot be decoded; the message names the row.
+        """
+        squares = [self._square(image, row) for image in self.dataset.images_of(row)]
+        return normalize(np.stack(squares), self._image) if squares and self._image is not None else None
+
     def padding(self, ranks: int = 1) -> float:
         """The share of padding among the positions of an epoch's batches."""
         return padding(self.plan, self.dataset.lengths, self._parts * ranks, self._multiple)
@@ -106,9 +115,7 @@ class Loader:
         examples = []
         for row in rows:
             ids, learnt = self.dataset.tokens(row)
-            squares = [self._square(image, row) for image in self.dataset.images_of(row)]
-            pixels = normalize(np.stack(squares), self._image) if squares and self._image is not None else None
-            examples.append(Example(ids, learnt, pixels))
+            examples.append(Example(ids, learnt, self.pixels(row)))
         return collate(examples, self._pad_id, self._multiple)
 
     def _read_ahead(self, number: int, rank: int, ranks: int) -> None:
@@ -141,8 +148,10 @@ class Loader:
         except UserError as error:
             raise UserError(f"{self.dataset.rows[row].where}: {error}") from error
         # Nothing is ever thrown out: an epoch takes every image once, so what is kept is as good as anything else.
-        if square.nbytes <= self._room:
+        fits = square.nbytes <= self._room
+        if fits:
             self._room -= square.nbytes
             self._cache[image] = square
+        if fits or not self._ahead:  # where nothing is read ahead, nobody waits for it
             self._coming.pop(image, None)
         return square

@@ -1,21 +1,15 @@
-"""One training loop for every stage: AdamW, warm-up and cosine, clipping, data-parallel ranks, resume.
+"""One training loop for every stage: AdamW, warm-up and schedule, clipping, data-parallel ranks, resume.
 
-The loop owns no data and no model: it takes a loss and a function from (step, rank, ranks) to a batch. A batch depends
-on nothing else, so where the data stands *is* the step number, and a resumed run sees what an uninterrupted one sees.
-
-Losses are sums and counts, not means. Ranks add up both and divide once, so N ranks with batches of B take the same
-step as one rank with a batch of N * B. (A load-balancing loss is the exception: each rank balances its own share, as in
-DeepSpeed.)
+The loop owns no data and no model: it takes a loss and a function from (number, rank, ranks) to a batch. Batches and
+random numbers depend on the seed and on a step's number and on nothing else, so where the data and the dice stand *is*
+the step number, and a resumed run sees what an uninterrupted one sees.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import os
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,136 +17,179 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from gm_mlx.errors import UserError
+from gm_mlx.train.checkpointing import checkpointed_blocks
+from gm_mlx.train.config import TrainConfig
+from gm_mlx.train.events import Event, Finished, Watch
+from gm_mlx.train.failures import explained, is_lost, no_number
+from gm_mlx.train.interrupts import Interrupts
+from gm_mlx.train.precision import Masters
+from gm_mlx.train.progress import Progress, Window
+from gm_mlx.train.ranks import Ranks
+from gm_mlx.train.step import Batches, Loss, make_gradient
+from gm_mlx.train.store import Store
 
-Loss = Callable[[Any, Any], tuple[mx.array, mx.array]]  # (model, batch) -> (sum of losses, number of terms)
-Batches = Callable[[int, int, int], Any]  # (step, rank, ranks) -> this rank's share of the step's batch
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Hyperparameters of one stage.
-
-    ``warmup`` and ``decay`` are shares of ``steps``: the rate rises, stays, and falls to zero along a cosine. A
-    ``decay`` of one leaves nothing between.
-    """
-
-    steps: int
-    learning_rate: float
-    warmup: float = 0.03
-    decay: float = 1.0
-    weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.99)
-    clip: float = 1.0
-    log_every: int = 20
-    save_every: int = 100
-
-    def rate(self, step: int) -> float:
-        """The learning rate of a step, counted from zero."""
-        warmup = max(1, round(self.warmup * self.steps))
-        if step < warmup:
-            return self.learning_rate * (step + 1) / warmup
-        start = max(warmup, self.steps - round(self.decay * self.steps))
-        progress = max(0, step - start) / max(1, self.steps - start)
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+Describe = Callable[[dict[str, np.ndarray], float], dict[str, Any]]  # (sums of figures, terms) -> JSON values
+Validate = Callable[[Any], dict[str, float]]
 
 
-def train(model: nn.Module, loss: Loss, batches: Batches, config: TrainConfig, folder: Path) -> None:
+def train(
+    model: nn.Module,
+    loss: Loss,
+    batches: Batches,
+    config: TrainConfig,
+    folder: Path,
+    *,
+    identity: Mapping[str, Any] | None = None,
+    describe: Describe | None = None,
+    validate: Validate | None = None,
+    watch: Watch | None = None,
+    names: Callable[[int], list[str]] | None = None,
+) -> Finished:
     """Train the unfrozen parameters of ``model`` in place.
 
     Args:
-        model: its trainable parameters are what moves.
-        loss: the summed loss of a batch and the number of its terms.
-        batches: this rank's batch for a step.
+        model: its trainable parameters are what moves. It is trained in training mode and validated in evaluation mode.
+        loss: (total, count, figures) of a batch. All are sums over the batch, so that they can be added up over the
+            parts of a step and over ranks; the gradient is divided by the sum of the counts. ``figures["positions"]``
+            is the number of real positions that went through the decoder.
+        batches: this rank's batch of a number; step s takes the numbers ``s * accumulate`` to
+            ``(s + 1) * accumulate - 1``.
         config: hyperparameters.
-        folder: gets ``state.safetensors`` (weights, optimizer, step) and ``log.jsonl``. A run that finds a state there
-            goes on from it; a finished run returns at once.
+        folder: gets checkpoints and ``log.jsonl``, from rank 0. A run that finds a checkpoint there goes on from it; a
+            finished run returns at once.
+        identity: what run this is, a JSON table: data, model, adapter. A folder with another identity is refused.
+        describe: what the log says of the sums of figures over some steps, and their count.
+        validate: figures of the model as it is, with at least "loss". Called on every rank; rank 0's figures count.
+        watch: told on rank 0 what happens; see ``Event``.
+        names: where the rows of a step come from, for messages.
+
+    Returns:
+        How it ended. With ``validate`` and ``config.patience`` the model has the weights of the best validation.
 
     Raises:
-        UserError: the state in ``folder`` belongs to another run.
+        UserError: the folder belongs to another run; a loss or gradient is no number; there is not enough memory or
+            disk. The last checkpoint is whole in any case.
+        KeyboardInterrupt: was pressed; the steps that were done are in a checkpoint.
+        SystemExit: the system asked the process to end; the same.
     """
-    group = mx.distributed.init()
-    folder.mkdir(parents=True, exist_ok=True)
-    optimizer = optim.AdamW(learning_rate=0.0, betas=list(config.betas), weight_decay=config.weight_decay)
-    optimizer.init(model.trainable_parameters())
-    step = _resume(model, optimizer, config, folder)
-    gradients = nn.value_and_grad(model, loss)
-    started, seen, window = time.perf_counter(), 0, []
-    while step < config.steps:
-        (total, count), grads = gradients(model, batches(step, group.rank(), group.size()))
-        total, count, grads = _sum_over_ranks((total, count.astype(mx.float32), grads), group)
-        grads = tree_map(lambda g: g / count, grads)  # noqa: B023 - called within this turn of the loop
-        grads, norm = optim.clip_grad_norm(grads, config.clip)
-        optimizer.learning_rate = config.rate(step)
-        optimizer.update(model, grads)
-        mx.eval(model.trainable_parameters(), optimizer.state, total, count)
-        step, seen = step + 1, seen + int(count.item())
-        window.append(total.item() / count.item())
-        if not math.isfinite(window[-1]):
-            raise UserError(f"step {step}: the loss is {window[-1]}; lower the learning rate {config.learning_rate}")
-        if group.rank() == 0 and (step % config.log_every == 0 or step == config.steps):
-            seconds = time.perf_counter() - started
-            _log(
-                folder,
-                step=step,
-                loss=round(sum(window) / len(window), 5),
-                rate=config.rate(step - 1),
-                gradient_norm=round(norm.item(), 4),
-                seconds_per_step=round(seconds / len(window), 3),
-                terms=seen,
-            )
-            started, seen, window = time.perf_counter(), 0, []
-        if group.rank() == 0 and (step % config.save_every == 0 or step == config.steps):
-            _save(model, optimizer, config, folder, step)
+    if config.patience and validate is None:
+        raise UserError("patience: there is nothing to validate on; hold rows out, or leave patience away")
+    mx.reset_peak_memory()
+    ranks = Ranks()
+    masters = Masters(model, config.precision)
+    # With the correction of its first steps, as in the paper and in PyTorch; MLX leaves it out unless told.
+    optimizer = optim.AdamW(0.0, list(config.betas), config.eps, config.weight_decay, bias_correction=True)
+    optimizer.init(masters.values)
+    gradient_of = make_gradient(model, loss, batches, masters, config, ranks)
+    progress, saved = Progress(), 0
+
+    def tell(kind: str, figures: dict[str, Any]) -> None:
+        if watch is not None and ranks.rank == 0:
+            watch(Event(kind, progress.step, config.steps, figures))
+
+    def is_due(every: int) -> bool:
+        return progress.step > 0 and (progress.step == config.steps or (every > 0 and progress.step % every == 0))
+
+    def write_log() -> None:
+        window = progress.window
+        line = {"rate": config.rate(progress.step - 1), **window.means(), "peak_memory_bytes": mx.get_peak_memory()}
+        line |= describe(window.arrays(), window.learnt) if describe else {}
+        with interrupts.held_back():
+            store.log("log", progress.step, line)
+            progress.logged, progress.loss, progress.window = progress.step, line["loss"], Window()
+        tell("log", line)
+
+    def run_validation() -> None:
+        started = time.perf_counter()
+        model.eval()
+        figures = ranks.table_of_first(validate(model))  # type: ignore[misc]
+        model.train()
+        with interrupts.held_back():
+            best = progress.has_validated(figures["loss"])
+            if best:
+                store.save_best(masters, progress)
+            figures |= {"best": best, "seconds": time.perf_counter() - started}
+            store.log("validation", progress.step, figures)
+        tell("validation", figures)
+
+    def save() -> None:
+        nonlocal saved
+        if saved < progress.step:
+            path = store.save(masters, optimizer, progress)
+            saved = progress.step
+            tell("saved", {"path": path})
+
+    with (
+        Interrupts() as interrupts,
+        _in_training(model, masters, config),
+        Store(folder, identity, config, ranks) as store,
+    ):
+        try:
+            progress, found = store.resume(masters, optimizer)
+            saved = progress.step
+            if found:
+                tell("resumed", found)
+            while True:
+                # What is due after a step comes first, since an interrupt may have left it to the next run.
+                if progress.window.steps and is_due(config.log_every):
+                    write_log()
+                if validate is not None and progress.validated < progress.step and is_due(config.validate_every):
+                    run_validation()
+                stopped = 0 < config.patience <= progress.waited
+                if stopped and progress.window.steps:
+                    write_log()
+                if stopped or is_due(config.save_every):
+                    save()
+                if stopped or progress.step == config.steps:
+                    break
+
+                started = time.perf_counter()
+                gradient = gradient_of(progress.step)
+                rate = config.rate(progress.step)
+                if not gradient.is_finite:
+                    raise no_number(gradient, progress.step, rate, names, store.go_on)
+                with interrupts.held_back():
+                    optimizer.learning_rate = rate
+                    masters.values = optimizer.apply_gradients(gradient.values, masters.values)
+                    masters.put()  # now, so that nothing holds the old weights, whose memory the new ones take
+                    mx.eval(masters.values, optimizer.state)
+                    seconds = time.perf_counter() - started
+                    progress.step += 1
+                    progress.window.add(gradient, seconds)
+                figures = {"loss": gradient.loss, "rate": rate, "gradient_norm": gradient.norm}
+                figures |= {"learnt": int(gradient.learnt), "positions": gradient.positions, "seconds": seconds}
+                del gradient  # before the next one is made
+                tell("step", figures)
+        except (KeyboardInterrupt, SystemExit):
+            save()
+            raise
+        except Exception as error:
+            if is_lost(error):
+                save()
+            if (reason := explained(error, progress.step, config, store.go_on)) is not None:
+                raise reason from None
+            raise
+        best = {"best_step": progress.best_step, "best_loss": progress.best_loss}
+        if stopped:
+            tell("stopped", best)
+        restored = config.patience > 0 and progress.best_step is not None
+        if restored and progress.best_step != progress.step:
+            store.load_best(masters)
+        tell("finished", {"loss": progress.loss, **best})
+    assert progress.loss is not None  # the last steps are always logged
+    return Finished(progress.step, progress.loss, progress.best_step, progress.best_loss, stopped, restored, store.last)
 
 
-def _sum_over_ranks(tree: Any, group: mx.distributed.Group) -> Any:
-    if group.size() == 1:
-        return tree
-    # One message for all: a ring pays its latency per message, and the small gradients are many.
-    flat = _named(tree)
-    joined = mx.concatenate([value.reshape(-1).astype(mx.float32) for _, value in flat])
-    ends = np.cumsum([value.size for _, value in flat])[:-1].tolist()
-    parts = mx.split(mx.distributed.all_sum(joined, group=group), ends)
-    return tree_unflatten([(name, part.reshape(value.shape)) for (name, value), part in zip(flat, parts, strict=True)])
-
-
-def _named(tree: Any) -> list[tuple[str, mx.array]]:
-    return tree_flatten(tree)  # type: ignore[return-value]
-
-
-def _save(model: nn.Module, optimizer: optim.Optimizer, config: TrainConfig, folder: Path, step: int) -> None:
-    arrays = _named({"model": model.trainable_parameters(), "optimizer": optimizer.state})
-    metadata = {"step": str(step), "config": json.dumps(asdict(config), sort_keys=True)}
-    partial = folder / "state.partial.safetensors"
-    mx.save_safetensors(str(partial), dict(arrays), metadata)
-    os.replace(partial, folder / "state.safetensors")
-
-
-def _resume(model: nn.Module, optimizer: optim.Optimizer, config: TrainConfig, folder: Path) -> int:
-    """Restore the last state, if there is one; returns the number of steps done."""
-    path = folder / "state.safetensors"
-    if not path.exists():
-        return 0
-    arrays: dict[str, mx.array]
-    metadata: dict[str, str]
-    arrays, metadata = mx.load(str(path), return_metadata=True)  # type: ignore[assignment,misc]
-    if json.loads(metadata["config"]) != json.loads(json.dumps(asdict(config))):
-        raise UserError(f"{path}: was made with other hyperparameters; remove {folder} or restore them to go on")
-    tree = tree_unflatten(list(arrays.items()))
-    wanted = [name for name, _ in _named(model.trainable_parameters())]
-    if sorted(wanted) != sorted(name for name, _ in _named(tree["model"])):
-        raise UserError(f"{path}: belongs to another model; remove {folder} to start over")
-    model.update(tree["model"])
-    optimizer.state = tree["optimizer"]
-    mx.eval(model.parameters(), optimizer.state)
-    return int(metadata["step"])
-
-
-def _log(folder: Path, **entry: float) -> None:
-    line = json.dumps(entry)
-    print(f"{folder.name}: {line}", flush=True)
-    with (folder / "log.jsonl").open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
+@contextmanager
+def _in_training(model: nn.Module, masters: Masters, config: TrainConfig) -> Iterator[None]:
+    """A model in training mode, which gets its trained weights in its own dtypes at the end, whatever that is."""
+    was_training = model.training
+    model.train()
+    try:
+        with checkpointed_blocks(model, config.checkpoint):
+            yield
+    finally:
+        model.train(was_training)
+        masters.finish()

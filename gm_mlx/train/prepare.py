@@ -42,7 +42,7 @@ def prepare(
     kind: str | None = None,
     columns: Mapping[str, str] | None = None,
     split: str = "train",
-    hold_out: float | int = 0,
+    hold_out: float | int | None = 0,
     seed: int = 0,
     skip_bad: bool = False,
     progress: Progress | None = None,
@@ -54,7 +54,7 @@ def prepare(
             ``columns`` and ``split``, which hold for all of them.
         processor: the model's processor.
         max_length: tokens that a row may have, the positions of its images among them.
-        hold_out: a share below 1, or a number of rows; see ``split.split``.
+        hold_out: a share below 1, a number of rows, or None for a few; see ``split.split``.
         seed: of the hold-out.
         skip_bad: leave bad rows out; otherwise one is enough to stop.
         progress: told how many rows were read.

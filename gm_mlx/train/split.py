@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from gm_mlx.errors import UserError
 from gm_mlx.train.rows import Row, image_key
 
+SHARE, MOST = 0.05, 200  # of rows that are held out when nobody says how many
 
-def split(rows: Sequence[Row], hold_out: float | int, seed: int = 0) -> tuple[list[int], list[int]]:
+
+def split(rows: Sequence[Row], hold_out: float | int | None, seed: int = 0) -> tuple[list[int], list[int]]:
     """Choose rows to hold out.
 
     Rows that share an image stay together, directly or through other rows; so do rows without images and with the same
@@ -19,7 +21,8 @@ def split(rows: Sequence[Row], hold_out: float | int, seed: int = 0) -> tuple[li
 
     Args:
         rows: the rows.
-        hold_out: a share below 1, or a number of rows.
+        hold_out: a share below 1, or a number of rows; None for a twentieth, at most 200, and for none where images
+            are shared too widely for that.
         seed: of the draw. It draws the same rows from data that has the same rows in another order.
 
     Returns:
@@ -28,7 +31,10 @@ def split(rows: Sequence[Row], hold_out: float | int, seed: int = 0) -> tuple[li
     Raises:
         UserError: that many rows cannot be held out.
     """
-    count = round(hold_out * len(rows)) if isinstance(hold_out, float) else hold_out
+    if hold_out is None:
+        count = min(MOST, round(SHARE * len(rows)))
+    else:
+        count = round(hold_out * len(rows)) if isinstance(hold_out, float) else hold_out
     if isinstance(hold_out, float) and not 0 <= hold_out < 1:
         raise UserError(f"a share of {hold_out} cannot be held out; give a share below 1 or a number of rows")
     if not 0 <= count < max(1, len(rows)):
@@ -39,7 +45,7 @@ def split(rows: Sequence[Row], hold_out: float | int, seed: int = 0) -> tuple[li
     for name in order:
         if len(held) + len(groups[name]) <= count:
             held += groups[name]
-    if count and not held:
+    if count and not held and hold_out is not None:
         least = min(map(len, groups.values()))
         raise UserError(
             f"{count} rows cannot be held out: the smallest group of rows that share images has {least}; hold out as "
