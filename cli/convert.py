@@ -76,7 +76,7 @@ def convert(
         typer.Option(
             metavar="ExK[@MODE]",
             help="Make E experts of each dense FFN, K per token, in the layers of MODE: sparse (every other; the "
-            "default), dense (all), first_half or second_half.",
+            "default), dense (all), first_half or second_half. `evf` adds a vision FFN instead, as in Eve.",
         ),
     ] = None,
     upcycle_split: Annotated[
@@ -97,6 +97,12 @@ def convert(
     base: Annotated[
         str | None, typer.Option(metavar="PATH|REPO", help="The language model of a LoRA adapter or a projector.")
     ] = None,
+    new_projector: Annotated[
+        bool,
+        typer.Option(
+            "--new-projector", help="Put a projector with random weights between a language model and --vision."
+        ),
+    ] = False,
     template: Annotated[
         str | None, typer.Option(metavar="NAME", help="The chat template, such as gemma or v1. [default: the source's]")
     ] = None,
@@ -136,9 +142,16 @@ def convert(
         raise UserError("--seed is of random weights; add --random, or leave it out")
     if preset is not None and template is not None:
         raise UserError("--template: a preset has that of its tokenizer; leave it out")
-    checkpoint_only = {"--vision": vision, "--base": base, "--scale-image-features": scale_image_features}
+    checkpoint_only = {
+        "--vision": vision,
+        "--base": base,
+        "--scale-image-features": scale_image_features,
+        "--new-projector": new_projector or None,
+    }
     if preset is not None:
         refuse(checkpoint_only, "with --preset")
+    if new_projector and (vision is None or base is not None):
+        raise UserError("--new-projector joins SOURCE, a language model, and the tower of --vision; give these two")
     if upcycle_split and upcycle is None:
         raise UserError("--upcycle-split says how experts are made; say how many with --upcycle, such as 4x2")
     if calibration is not None and not upcycle_split:
@@ -154,7 +167,7 @@ def convert(
         not_lora = {
             "--quantize": quantize, "--upcycle": upcycle, "--router-rank": router_rank, "--preset": preset,
             "--vision": vision, "--template": template, "--image-tokens": image_tokens, "--upload": upload,
-            "--scale-image-features": scale_image_features,
+            "--scale-image-features": scale_image_features, "--new-projector": new_projector or None,
         }  # fmt: skip
         _write_lora(source, base, out, not_lora, dtype=dtype, force=force, as_json=as_json)
         return
@@ -178,7 +191,7 @@ def convert(
 
     moe = None
     if upcycle is not None:
-        from gm_mlx.convert.upcycle import parse_upcycle
+        from gm_mlx.upcycle import parse_upcycle
 
         moe = parse_upcycle(upcycle)
     check_out(out, force=force)
@@ -193,7 +206,7 @@ def convert(
         opened = Opened(random_model(preset, seed or 0, dtype), preset, {}, {})
     else:
         assert source is not None
-        opened = open_source(source, vision, base, template, scale_image_features)
+        opened = open_source(source, vision, base, template, scale_image_features, new_projector)
         check_out(out, force=force, sources=opened.folders.values())
     if image_tokens is not None:
         from gm_mlx.convert.image_tokens import set_image_tokens

@@ -18,7 +18,9 @@ from gm_mlx.cli.convert import convert
 from gm_mlx.cli.fuse import fuse
 from gm_mlx.cli.imatrix import imatrix
 from gm_mlx.cli.info import info
+from gm_mlx.cli.lora import lora
 from gm_mlx.cli.quantize import quantize
+from gm_mlx.cli.train import train
 from gm_mlx.cli.verify import verify
 from gm_mlx.errors import UserError
 
@@ -59,7 +61,9 @@ app.command()(convert)
 app.command()(fuse)
 app.command()(imatrix)
 app.command()(info)
+app.command()(lora)
 app.command()(quantize)
+app.command()(train)
 app.command()(verify)
 
 

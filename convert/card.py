@@ -10,6 +10,7 @@ from typing import Any
 from gm_mlx import __version__
 from gm_mlx.config import ModelConfig
 from gm_mlx.inventory import model_layers
+from gm_mlx.train.record import record_text
 
 # Lines of a source's card that hold for what is made from it too.
 KEPT = re.compile(r"(?:license|license_name|license_link|language): *\S.*")
@@ -70,7 +71,10 @@ def model_card(
     if moe and text.sparse_layers:
         kind = "sparse"
         sparse = len(text.sparse_layers)
-        layers = f"{text.num_hidden_layers}, {sparse} of them with {moe.num_experts} experts, {moe.top_k} per token"
+        what = f"{moe.num_experts} experts, {moe.top_k} per token"
+        if moe.kind == "evf":
+            what = "a language FFN and a vision FFN, one of them per token"
+        layers = f"{text.num_hidden_layers}, {sparse} of them with {what}"
     rows = {
         "Parameters": f"{count(total)}, of which {count(active)} work on a token",
         "Decoder layers": layers,
@@ -82,8 +86,11 @@ def model_card(
         "Routers": gm.get("routers") and f"of rank {gm['routers']['rank']}",
         "Experts from": gm.get("upcycle", {}).get("from"),
     }
+    training = gm.get("training")
     origin = f"Converted from {_link(checkpoint)} by"
-    if "preset" in gm and not sources:
+    if training:
+        origin = f"Trained from `{training['base']}` by"
+    elif "preset" in gm and not sources:
         origin = f"Its weights are random, in the shape of {gm['preset']}: it talks nonsense. Made by"
     parts = [
         "\n".join(["---", *_metadata(checkpoint, folder, library), "---"]),
@@ -93,6 +100,12 @@ def model_card(
         "## Use",
         use.format(name=name),
     ]
+    if training:
+        learnt = ", ".join(training["trains"]).replace("_", " ")
+        parts += [
+            "## Training",
+            f"Stage {training['stage']} of the recipe {training['recipe']}; {learnt} learnt. {record_text(training)}",
+        ]
     if notes := gm.get("notes"):
         parts += ["## Notes", "\n".join(f"- {note}" for note in notes)]
     if sources:

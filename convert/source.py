@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +44,8 @@ def reopen(folder: Path, *, template: str | None = None) -> Translation:
     if template is not None:
         if template not in TEMPLATES:
             raise UserError(f"--template {template}: no such template; choose one of {', '.join(TEMPLATES)}")
-        # Only what the new template ends an answer with shall end it.
         provenance["template"] = template
-        processor = replace(processor, template=TEMPLATES[template], stop_ids=frozenset())
+        processor = processor.with_template(TEMPLATES[template])
     return Translation(config, read_model_folder(folder), processor, provenance, weight_files(folder))
 
 
