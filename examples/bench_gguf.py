@@ -105,7 +105,7 @@ def pair_of(config: ModelConfig, tensors: dict[str, Tensor], processor: Processo
     """The files of a model; ``native`` false re-expresses a dense one, too."""
     pair = gguf_pair(config, tensors, processor, name="random")
     if not native and pair.text.arch == "gemma":
-        other = text_model(config, tensors, native=False)
+        other = text_model(config, tensors, arch="gemma4")
         pair.text.arch, pair.text.pieces = other.arch, other.pieces
         pair.text.metadata |= other.metadata
     return pair

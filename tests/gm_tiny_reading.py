@@ -11,13 +11,14 @@ from typing import Any
 
 COLOURS = ["red", "green", "blue", "yellow", "black", "gray", "teal", "brown", "orange", "purple"]
 SHAPES = ["circle", "rectangle", "triangle", "star", "cross"]
+NEW_SHAPE = "heart"  # of examples/new_shape
 POSITIONS = ["top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right"]
 
 
 def matching(scene: Any, name: str) -> list[Any]:
     """The objects that a name such as "red shape", "circles" or "blue star" fits."""
     words = [re.sub(r"(?<=[a-z])(?<!cros)s$|(?<=cross)es$", "", word) for word in name.split()]
-    assert all(word in [*COLOURS, *SHAPES, "shape", "object"] for word in words), name
+    assert all(word in [*COLOURS, *SHAPES, NEW_SHAPE, "shape", "object"] for word in words), name
     return [o for o in scene.objects if all(word in (o.shape, o.colour, "shape", "object") for word in words)]
 
 
@@ -76,7 +77,7 @@ def description(scene: Any) -> str:
     return ", ".join(f"{with_article(o)} {words[place(o)]}{place(o)}" for o in order) or "nothing"
 
 
-NAME = rf"((?:(?:{'|'.join(COLOURS)}) )?(?:{'|'.join(SHAPES)}|shape))"
+NAME = rf"((?:(?:{'|'.join(COLOURS)}) )?(?:{'|'.join(SHAPES)}|{NEW_SHAPE}|shape))"
 AT = r"((?:at|on|in) the (?:(?:top |bottom )?(?:left|right)|top|bottom|middle))"
 DIRECTION = r"((?:to the )?(?:left|right) of|above|below|under)"
 WITH = r"(?:can you see|do you see|is)"

@@ -82,9 +82,7 @@ def main() -> None:
     apply_quantization(model, recipe_table(model.config, RECIPE_NAME))
     to_half(model)
     partial = arguments.out.with_name(arguments.out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    save_model(model, partial)
-    processor.save(partial)
+    save_model(model, partial, processor)
 
     figures = evaluate(load_model(partial), Processor.from_folder(partial), arguments.easy_vqa)
     log = training_log(arguments.run)

@@ -21,8 +21,11 @@ from scenes import COLOURS, GRID, LABELS, SHAPES
 
 from gm_mlx.model import Model
 from gm_mlx.tokenizer import Tokenizer
-from gm_mlx.train.loop import Loss
+from gm_mlx.train.step import Loss
 from gm_mlx.vision import VisionTower
+
+Patches = tuple[mx.array, dict[str, mx.array]]  # images and labels of their patches
+Sums = tuple[mx.array, mx.array, dict[str, mx.array]]  # see gm_mlx.train.step.Loss
 
 # Class 0 is "nothing here".
 CLASSES = {"shape": 1 + len(SHAPES), "colour": 1 + len(COLOURS), "row": 1 + GRID, "column": 1 + GRID}
@@ -41,7 +44,7 @@ class PatchLabeller(nn.Module):
         return {label: head(features) for label, head in self.heads.items()}
 
 
-def patch_label_loss(model: PatchLabeller, batch: tuple[mx.array, dict[str, mx.array]]) -> tuple[mx.array, mx.array]:
+def patch_label_loss(model: PatchLabeller, batch: Patches) -> Sums:
     """Cross-entropy summed over patches and labels, and the number of patches."""
     pixels, labels = batch
     logits = model(pixels)
@@ -50,7 +53,7 @@ def patch_label_loss(model: PatchLabeller, batch: tuple[mx.array, dict[str, mx.a
         # Nine patches of ten show nothing; weighting them down makes the others heard.
         weight = mx.where(target == 0, 0.3, 1.0)
         total = total + (weight * nn.losses.cross_entropy(logits[label], target)).sum()
-    return total, mx.array(next(iter(labels.values())).size)
+    return total, mx.array(next(iter(labels.values())).size), {}
 
 
 def patch_label_accuracy(model: PatchLabeller, pixels: np.ndarray, labels: dict[str, np.ndarray]) -> dict[str, float]:
@@ -121,13 +124,13 @@ def _offset(patch: mx.array) -> mx.array:
 def alignment_loss(words: PatchWords) -> Loss:
     """The loss of stage 1: squared distance between projected features and their words, per patch and channel."""
 
-    def loss(model: Model, batch: tuple[mx.array, dict[str, mx.array]]) -> tuple[mx.array, mx.array]:
+    def loss(model: Model, batch: Patches) -> Sums:
         pixels, labels = batch
         distance = (model.encode_images(pixels) - words(model, labels)).square().mean(axis=-1)  # [B, N]
         centre, cover = labels["centre_shape"] > 0, labels["cover_shape"] > 0
         # One patch in thirty is a centre, and all counting hangs on it.
         weight = mx.where(centre, 4.0, mx.where(cover, 1.0, 0.1))
-        return (weight * distance).sum(), mx.array(distance.size)
+        return (weight * distance).sum(), mx.array(distance.size), {}
 
     return loss
 

@@ -29,6 +29,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from cache import SceneSet, cached_scenes
 from easy_vqa import EasyVQA, load_easy_vqa
@@ -44,9 +45,13 @@ from gm_mlx.model import Model
 from gm_mlx.presets import PRESETS
 from gm_mlx.processor import Processor
 from gm_mlx.tokenizer import load_tokenizer
-from gm_mlx.train.data import Batch, Example, answer_loss, collate
-from gm_mlx.train.loop import TrainConfig, train
+from gm_mlx.train.config import TrainConfig
+from gm_mlx.train.data import Batch, Example, collate
+from gm_mlx.train.events import Event
+from gm_mlx.train.loop import train
+from gm_mlx.train.losses import AnswerLoss
 from gm_mlx.train.stages import select_stage, upcycle
+from gm_mlx.train.step import Batches, Loss
 from gm_mlx.weights import save_model
 
 CONFIG = PRESETS["gm-tiny"]
@@ -168,28 +173,34 @@ def run(out: Path, easy_vqa: Path, recipe: dict[str, TrainConfig], num_scenes: i
     dense = dataclasses.replace(CONFIG, text_config=dataclasses.replace(CONFIG.text_config, moe=None))
     model = Model(dense)
 
+    def learn(stage: str, learner: nn.Module, loss: Loss, batches: Batches) -> None:
+        def watch(event: Event) -> None:
+            if event.kind == "log":
+                print(f"{stage}: {json.dumps({'step': event.step, **event.figures})}", flush=True)
+
+        train(learner, loss, batches, recipe[stage], out / stage, watch=watch)
+
     labeller = PatchLabeller(model.vision_tower, CONFIG.vision_config.hidden_size)
     mx.eval(model.parameters(), labeller.parameters())
-    train(labeller, patch_label_loss, data.labelled, recipe["tower"], out / "tower")
+    learn("tower", labeller, patch_label_loss, data.labelled)
     held = {k: v[-HOLD:] for k, v in data.scenes.labels.items()}
     say(out, rank, "tower", patch_label_accuracy(labeller, normalise_array(data.scenes.images[-HOLD:]), held))
 
     select_decoder(model)
-    train(model, answer_loss, data.described, recipe["decoder"], out / "decoder")
+    learn("decoder", model, AnswerLoss(), data.described)
     select_stage(model, 1)
-    train(model, alignment_loss(PatchWords(processor.tokenizer)), data.labelled, recipe["stage1"], out / "stage1")
+    learn("stage1", model, alignment_loss(PatchWords(processor.tokenizer)), data.labelled)
     select_stage(model, 2)
-    train(model, answer_loss, data.questions, recipe["stage2"], out / "stage2")
+    learn("stage2", model, AnswerLoss(), data.questions)
     save(model, processor, out / "dense", rank)
 
     assert CONFIG.text_config.moe is not None
-    mx.random.seed(1)
-    model = upcycle(model, CONFIG.text_config.moe)
+    model = upcycle(model, CONFIG.text_config.moe, seed=1)
     mx.eval(model.parameters())
     select_stage(model, 3)
     # Stage 3 sees rows that stage 2 did not.
     offset = recipe["stage2"].steps
-    train(model, answer_loss, lambda n, r, s: data.questions(n + offset, r, s), recipe["stage3"], out / "stage3")
+    learn("stage3", model, AnswerLoss(), lambda n, r, s: data.questions(n + offset, r, s))
     save(model, processor, out / "sparse", rank)
 
 
@@ -223,8 +234,7 @@ def launch(workers: int) -> int:
 
 def save(model: Model, processor: Processor, folder: Path, rank: int) -> None:
     if rank == 0:
-        save_model(model, folder)
-        processor.save(folder)
+        save_model(model, folder, processor)
 
 
 def say(out: Path, rank: int, stage: str, figures: dict[str, float]) -> None:
