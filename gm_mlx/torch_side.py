@@ -21,7 +21,7 @@ from gm_mlx.stages import NO_TOKEN, FolderSide, Inputs, Limits, Precision, Side,
 
 PROJECTOR = re.compile(r"(?:.*\.)?multi_modal_projector")
 LAYER = re.compile(r"(?:.*\.)?language_model\.(?:model\.)?layers\.(\d+)")
-NORM = re.compile(r"(?:.*\.)?language_model\.(?:model\.)?norm")
+NORM = re.compile(r"(?:.*\.)?language_model\.(?:model\.)?(?:final_layer)?norm")
 HEAD = re.compile(r"(?:.*\.)?lm_head")
 
 

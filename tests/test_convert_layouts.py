@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from gm_mlx.convert.layouts import LAYOUTS
 from gm_mlx.convert.layouts.decoders import DECODERS, UNSUPPORTED
+from gm_mlx.convert.layouts.eve import EVE
 from gm_mlx.convert.layouts.hf_llava import HF_LLAVA
 from gm_mlx.convert.layouts.llava import LLAVA
 from gm_mlx.convert.layouts.moe_llava import MOE_LLAVA
@@ -21,6 +22,7 @@ UP = "language_model.model.layers.7.mlp.up_proj.weight"
 HEAD = "language_model.lm_head.weight"
 PATCHES = f"{STORED}embeddings.patch_embedding.weight"
 LINEAR = "multi_modal_projector.linear_2.bias"
+BLOCK = "multi_modal_projector.blocks"
 
 
 @pytest.mark.parametrize(
@@ -46,6 +48,11 @@ LINEAR = "multi_modal_projector.linear_2.bias"
         (LLAVA, "model.mm_projector.2.bias", LINEAR),
         (LLAVA, "mm_projector.2.bias", LINEAR),
         (LLAVA, "model.vision_tower.vision_tower.vision_model.embeddings.patch_embedding.weight", PATCHES),
+        (LLAVA, "model.mm_projector.model.mlp.3.bias", LINEAR),
+        (LLAVA, "model.mm_projector.mlp.mlp.2.bias", LINEAR),
+        (LLAVA, "model.mm_projector.model.mb_block.1.block.0.0.weight", f"{BLOCK}.0.depthwise.weight"),
+        (LLAVA, "model.mm_projector.model.mb_block.2.block.1.fc2.bias", f"{BLOCK}.1.squeeze.fc2.bias"),
+        (LLAVA, "model.mm_projector.peg.peg.0.weight", "multi_modal_projector.peg.weight"),
         (LLAVA, "model.layers.7.self_attn.rotary_emb.inv_freq", None),
         (MOE_LLAVA, "model.mm_projector.image_spatial_proj.2.bias", LINEAR),
         (MOE_LLAVA, "model.image_tower.image_tower.vision_model.embeddings.patch_embedding.weight", PATCHES),
@@ -60,6 +67,16 @@ LINEAR = "multi_modal_projector.linear_2.bias"
             "model.layers.7.mlp.deepspeed_moe.experts.deepspeed_experts.3.up_proj.weight",
             "language_model.model.layers.7.mlp.experts.3.up_proj.weight",
         ),
+        (EVE, "model.mm_projector.image_spatial_proj.model.mlp.3.bias", LINEAR),
+        (
+            EVE,
+            "model.mm_projector.image_spatial_proj.model.mb_block.2.block.2.1.weight",
+            f"{BLOCK}.1.norm_2.weight",
+        ),
+        (EVE, "model.image_tower.blocks.3.attn.qkv.bias", f"{STORED}encoder.layers.3.self_attn.qkv.bias"),
+        (EVE, "model.image_tower.norm.weight", f"{STORED}post_layernorm.weight"),
+        (EVE, "model.image_tower.attn_pool.latent", None),
+        (EVE, "model.image_tower.image_tower.vision_model.embeddings.patch_embedding.weight", PATCHES),
         (MOE_LLAVA, "model.layers.7.mlp.mlp.up_proj.weight", "language_model.model.layers.7.mlp.mlp.up_proj.weight"),
         (MOE_LLAVA, "model.layers.7.mlp.coefficient.bias", "language_model.model.layers.7.mlp.coefficient.bias"),
     ],
@@ -90,6 +107,11 @@ def test_a_table_never_fails_otherwise_than_by_not_knowing_a_name(layout: object
         (["transformer.mm_projector.0.weight"], LLAVA),
         # LLaVA's projector with DeepSpeed's experts
         (["model.mm_projector.0.weight", "model.layers.0.mlp.deepspeed_moe.gate.wg.weight"], MOE_LLAVA),
+        # MobileVLM
+        (["model.mm_projector.model.mlp.1.weight", "model.mm_projector.peg.peg.0.bias"], LLAVA),
+        # Eve, whose other names are MoE-LLaVA's
+        (["model.layers.0.mlp.gate_proj2.weight", "model.layers.0.mlp.deepspeed_moe.gate.wg.weight"], EVE),
+        (["model.layers.20.attn_linear.0.weight", "model.mm_projector.image_spatial_proj.0.weight"], EVE),
         (["model.embed_tokens.weight", "lm_head.weight"], None),
         (["vision_model.embeddings.class_embedding"], None),
     ],
@@ -132,10 +154,11 @@ def test_every_decoder_says_all_that_text_config_needs() -> None:
         ("phi", "Phi"),
         ("phi3", "Phi"),
         ("minicpm", "MiniCPM"),
-        ("zhizi", "Eve (PanGu)"),
         ("mpt", "MPT"),
         ("next", "LLaVA-1.6 (any resolution)"),
         ("llama", None),
+        ("mobilevlm", None),
+        ("zhizi", None),
         ("gemma", None),
         ("gemma2", None),
     ],

@@ -197,16 +197,16 @@ BROKEN: dict[str, tuple[Change, str]] = {
     "Qwen1.5": (lambda c, s: c.update(model_type="moe_llava_qwen1_5"), r"Qwen1\.5 is not supported"),
     "Phi": (lambda c, s: c.update(model_type="moe_llava_phi"), "Phi is not supported"),
     "MiniCPM": (lambda c, s: c.update(model_type="moe_llava_minicpm"), "MiniCPM is not supported"),
-    "Eve": (lambda c, s: c.update(model_type="moe_llava_zhizi"), r"Eve \(PanGu\) is not supported"),
+    "a PanGu-pi that is none": (lambda c, s: c.update(model_type="moe_llava_zhizi"), "do not fit config.json"),
     "MPT": (lambda c, s: c.update(model_type="llava_mpt"), "MPT is not supported"),
     "Phi by its tensors": (lambda c, s: rename_in(s, "self_attn.o_proj", "self_attn.dense"), "Phi is not supported"),
     "Qwen by its tensors": (
         lambda c, s: [rename_in(s, "self_attn.q_proj", "attn.c_attn"), rename_in(s, "model.layers", "transformer.h")],
         "Qwen is not supported",
     ),
-    "Eve by its projector": (
-        lambda c, s: rename_in(s, "image_spatial_proj.0", "image_spatial_proj.model.mlp.1"),
-        "Eve .* is not supported",
+    "a projector of another kind": (
+        lambda c, s: s.update({"model.mm_projector.image_spatial_proj.peg.peg.0.bias": torch.zeros(32)}),
+        r"1 not part of the model \(multi_modal_projector.peg.bias\)",
     ),
     "never heard of": (
         lambda c, s: c.update(model_type="llava_mamba"),

@@ -17,7 +17,8 @@ from gguf_files import as_tensors, tiny_processor
 
 from gm_mlx.config import ModelConfig, MoEConfig, TextConfig
 from gm_mlx.convert.to_gguf.folder import gguf_pair
-from gm_mlx.convert.to_gguf.text import is_native, residual_scale, text_model
+from gm_mlx.convert.to_gguf.gemma4 import residual_scale
+from gm_mlx.convert.to_gguf.text import find_architecture, text_model
 from gm_mlx.convert.to_gguf.types import find_target
 from gm_mlx.convert.to_gguf.write import write_gguf
 from gm_mlx.errors import UserError
@@ -124,7 +125,7 @@ def measure(folder: Path, config: ModelConfig, length: int, seed: int) -> Error:
     text, weights = config.text_config, weights_of(config, seed)
     path = write(folder, config, weights)
     # All that enters a native model is multiplied by sqrt(hidden_size).
-    root = np.sqrt(text.hidden_size) if is_native(text) else 1
+    root = np.sqrt(text.hidden_size) if find_architecture(text).scales_inputs else 1
     measured, expected = [], []
     for number in range(max(1, PROMPT_POSITIONS // length)):
         parts, positions = prompt(config, length, seed + 1000 * number)
@@ -150,13 +151,13 @@ def test_a_dense_model_in_both_architectures(tmp_path: Path) -> None:
     weights, ids = weights_of(config), np.random.default_rng(0).integers(4, 390, 200).tolist()
     processor = tiny_processor(config, tmp_path)
     given = []
-    for native in (True, False):
+    for arch in ("gemma", "gemma4"):
         pair = gguf_pair(config, as_tensors(weights), processor, name="tiny")
-        pair.text.pieces = text_model(config, as_tensors(weights), native=native).pieces
-        pair.text.arch = "gemma" if native else "gemma4"
-        pair.text.metadata |= text_model(config, as_tensors(weights), native=native).metadata
-        write_gguf(tmp_path / f"{native}.gguf", pair.text, find_target("F32", {}))
-        given.append(raw_llama.logits(tmp_path / f"{native}.gguf", [ids]))
+        other = text_model(config, as_tensors(weights), arch=arch)
+        pair.text.arch, pair.text.pieces = arch, other.pieces
+        pair.text.metadata |= other.metadata
+        write_gguf(tmp_path / f"{arch}.gguf", pair.text, find_target("F32", {}))
+        given.append(raw_llama.logits(tmp_path / f"{arch}.gguf", [ids]))
     expected = reference(config.text_config, weights, list(ids))
     native_error, ours = (error(each, expected) for each in given)
     assert ours.typical <= 1.5 * native_error.typical and ours.worst < 1e-2

@@ -122,7 +122,46 @@ def test_pooling(scaled: bool, tmp_path: Path) -> None:
     assert header.metadata["clip.projector_type"] == "ldpv2" and header.metadata["gm.image_tokens"] == 144
 
 
+def mobile(kind: str, text: dict[str, Any] | None = None, **vision: Any) -> ModelConfig:
+    """24 x 24 patches, which is what mtmd's LDP reads."""
+    config = vision_config("siglip", text, image_size=48, patch_size=2, **vision)
+    return replace(config, projector_type=kind)
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("moe", [MoEConfig(), None])
+@pytest.mark.parametrize(("kind", "name"), [("ldpnet", "ldp"), ("ldpnetv2", "ldpv2")])
+def test_mobilevlm_s_projectors(kind: str, name: str, moe: MoEConfig | None, scaled: bool, tmp_path: Path) -> None:
+    config = mobile(kind, {"moe": moe, "tie_word_embeddings": True})
+    check(tiny_model(config=replace(config, scale_image_features=scaled)), tmp_path)
+    header = read_header(tmp_path / "gguf" / "mmproj.gguf")
+    assert header.metadata["clip.projector_type"] == name and header.metadata["gm.image_tokens"] == 144
+
+
+@pytest.mark.parametrize("kind", ["ldpnet", "ldpnetv2"])
+def test_mobilevlm_behind_clip(kind: str, tmp_path: Path) -> None:
+    """MobileVLM's own tower is CLIP's. With llama.cpp's defect the projector reads patches that are moved by one."""
+    config = replace(vision_config("clip", image_size=48, patch_size=2), projector_type=kind)
+    check(tiny_model(config=config), tmp_path, rolled=needed_layout() == "cls_last")
+
+
+@pytest.mark.parametrize("eps", [1e-6, 1e-2])
+def test_ldp_s_norms_keep_their_eps_whatever_the_tower_s_is(eps: float, tmp_path: Path) -> None:
+    """Weights so small that the eps decides what comes out."""
+    model = tiny_model(config=mobile("ldpnet", layer_norm_eps=eps))
+    for block in model.multi_modal_projector.blocks:
+        block.depthwise.weight = block.depthwise.weight * 1e-2
+        block.pointwise.weight = block.pointwise.weight * 1e-2
+    check(model, tmp_path)
+
+
+def test_the_last_norm_of_a_tower(tmp_path: Path) -> None:
+    check(tiny_model(config=vision_config("siglip", post_norm=True)), tmp_path)
+
+
 REFUSED = [
+    (replace(tiny_config("siglip"), projector_type="ldpnet"), "projector_type: is 'ldpnet' for 2 x 2 patches"),
+    (replace(tiny_config("siglip"), projector_type="ldpnetv2"), "projector_type: is 'ldpnetv2' for 2 x 2 patches"),
     (replace(tiny_config("siglip"), vision_feature_select_strategy="default"), "vision_feature_select_strategy"),
     (replace(tiny_config("clip"), vision_feature_select_strategy="full"), "vision_feature_select_strategy"),
     (replace(tiny_config("siglip"), projector_hidden_act="silu"), "projector_hidden_act"),

@@ -30,7 +30,7 @@ from gm_mlx.convert.to_gguf.imatrix import (
     read_imatrix,
     write_imatrix,
 )
-from gm_mlx.convert.to_gguf.text import is_native, matrix_names
+from gm_mlx.convert.to_gguf.text import find_architecture, matrix_names
 from gm_mlx.convert.to_gguf.types import find_target
 from gm_mlx.convert.to_gguf.write import write_gguf
 from gm_mlx.errors import UserError
@@ -141,7 +141,7 @@ def test_llama_cpp_multiplies_the_same(name: str, processor: Processor, tmp_path
     ids, pixels = encode(processor, SAMPLES[1])
     assert pixels is not None
     embeddings = np.array(model.embed(ids, model.encode_images(pixels)))[0]
-    if is_native(text):
+    if find_architecture(text).scales_inputs:
         embeddings /= np.sqrt(text.hidden_size)  # the graph of gemma multiplies whatever enters it
     products = Products()
     with watched(products):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gm_mlx.config import TextConfig
-from gm_mlx.convert.to_gguf.text import ZERO_WIDTH, check_expressible, is_native, matrix_names
+from gm_mlx.convert.to_gguf.text import find_architecture
 from gm_mlx.errors import UserError
 from gm_mlx.gguf_file import MAGIC, MAX_NAME, GGUFHeader, read_header
 
@@ -100,26 +100,16 @@ def matrix_from_sums(
     Raises:
         UserError: the decoder cannot be written as GGUF.
     """
-    check_expressible(text)
-    names = matrix_names(text)
-    entries = {
-        name: Entry(np.asarray(sums[path], np.float32), np.asarray(counts[path], np.int64))
-        for path, name in names.items()
-    }
-    for name, width in _zero_matrices(text):
+    arch = find_architecture(text)
+    entries = {}
+    for path, name in arch.matrix_names(text).items():
+        entry = Entry(np.asarray(sums[path], np.float32), np.asarray(counts[path], np.int64))
+        # A dense network may have been written as experts that are all alike.
+        copies = text.moe.num_experts if text.moe and name.endswith("_exps.weight") and len(entry.counts) == 1 else 1
+        entries[name] = Entry(*(np.repeat(each, copies, axis=0) for each in entry))
+    for name, width in arch.zero_matrices(text):
         entries[name] = Entry(np.zeros((1, width), np.float32), np.zeros(1, np.int64))
     return ImportanceMatrix(entries, [dataset], num_samples, max(1, num_tokens // num_samples))
-
-
-def _zero_matrices(text: TextConfig) -> Iterator[tuple[str, int]]:
-    """Names and row widths of the matrices that a GGUF file has and the model has not; see ``text``."""
-    if is_native(text):
-        return
-    network = [("ffn_gate", text.hidden_size), ("ffn_up", text.hidden_size), ("ffn_down", ZERO_WIDTH)]
-    attention = [(f"attn_{part}", text.hidden_size) for part in ("q", "k", "v")] + [("attn_output", ZERO_WIDTH)]
-    yield from ((f"blk.0.{name}.weight", width) for name, width in attention + network)
-    for i in text.sparse_layers:
-        yield from ((f"blk.{i + 1}.{name}.weight", width) for name, width in network)
 
 
 def check_imatrix_out(path: Path, *, force: bool = False) -> None:

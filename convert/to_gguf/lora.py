@@ -17,10 +17,10 @@ import numpy as np
 from gm_mlx.config import ModelConfig
 from gm_mlx.convert.checkpoint import open_checkpoint
 from gm_mlx.convert.source import is_model_folder
+from gm_mlx.convert.to_gguf.blocks import LAYERS
 from gm_mlx.convert.to_gguf.folder import MODEL_FILE
 from gm_mlx.convert.to_gguf.lora_factors import Base, lora_model
 from gm_mlx.convert.to_gguf.pieces import changed
-from gm_mlx.convert.to_gguf.text import LAYERS
 from gm_mlx.convert.to_gguf.types import find_target
 from gm_mlx.convert.to_gguf.write import file_bytes, write_gguf
 from gm_mlx.convert.translate import translate
@@ -125,7 +125,8 @@ def _from_gguf(header: GGUFHeader) -> Base:
             f"{header.path}: was not written by gm-mlx; llama.cpp's convert_lora_to_gguf.py makes adapters for it"
         ) from None
     norms = {}
-    for i in text.sparse_layers:
+    # Only gemma4's routers hold the weights of the norm before them.
+    for i in text.sparse_layers if header.metadata.get("general.architecture") == "gemma4" else ():
         tensor = header.tensors.get(f"blk.{i + 1}.pre_ffw_norm_2.weight")
         if tensor is None or (tensor.type, tensor.shape) != ("F32", (text.hidden_size,)):
             raise UserError(f"{header.path}: has no sound norm in layer {i}; convert the model again")

@@ -10,9 +10,11 @@ file (see ``text``), and what the formula has no place for goes into the factors
 **Strength.** With ``alpha_pattern`` or rank-stabilised LoRA a module's strength is not the file's alpha / r. B is
 multiplied by the ratio.
 
-**Values.** W_v is 16 times as large in a re-expressed model, so B is too.
+**Values.** W_v is 16 times as large in a ``gemma4``, so B is too.
 
-**Routers.** Their columns hold the weights w of the norm before them, and (W + B A) diag(w) is W diag(w) + B (A
+**Rotary positions.** Where rows of W_q and W_k have changed places (``llama``), those of B do.
+
+**Routers.** The columns of a ``gemma4``'s hold the weights w of the norm before them, and (W + B A) diag(w) is W diag(w) + B (A
 diag(w)): the columns of A are multiplied by w.
 
 **Experts.** Each has factors of its own, stacked like the matrices: [E, r, in] and [E, out, r], with the largest rank.
@@ -24,30 +26,22 @@ the same factors for both, the wrong way round for one of them, and breaks down;
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from gm_mlx.config import TextConfig
 from gm_mlx.convert.checkpoint import Checkpoint
+from gm_mlx.convert.to_gguf.blocks import EMBEDDING, HEAD, LAYERS, expert_width
+from gm_mlx.convert.to_gguf.gemma4 import VALUE_FACTOR
+from gm_mlx.convert.to_gguf.native import NATIVES, neighbours
 from gm_mlx.convert.to_gguf.pieces import GGUFModel, Piece, changed
-from gm_mlx.convert.to_gguf.text import (
-    EMBEDDING,
-    EPS,
-    HEAD,
-    LAYERS,
-    VALUE_SCALE,
-    check_expressible,
-    is_native,
-    matrix_names,
-)
+from gm_mlx.convert.to_gguf.text import find_architecture, matrix_names
 from gm_mlx.errors import UserError
 from gm_mlx.lora.pairs import OTHER_BASE, Pair, pairs_by_path, stacked, times
 from gm_mlx.lora.peft import Factors, lora_alone, unwrap
 from gm_mlx.tensors import Tensor
 
-VALUE_FACTOR = math.sqrt(EPS) * VALUE_SCALE  # of W_v in a re-expressed model
 MERGE = (
     "merge the adapter instead: gm-mlx convert ADAPTER --base BASE --to gguf -o OUT, or where the base is a model of "
     "gm-mlx, gm-mlx fuse MODEL ADAPTER -o OUT"
@@ -60,7 +54,7 @@ NO_TARGETS = {
     r"multi_modal_projector\..*": f"is of the projector, and llama.cpp has LoRA for the text model only; {MERGE}",
     re.escape(EMBEDDING.removesuffix(".weight")): TIED,
     re.escape(HEAD.removesuffix(".weight")): TIED,
-    r".*\.mlp\.(gate|up|down)_proj": (
+    r".*\.mlp\.((gate|up|down)_proj|fc1|fc2)": (
         "is of a dense network where the base has experts; merge the adapter into the dense model before experts are "
         "made of it: gm-mlx convert ADAPTER --base BASE --upcycle 4x2 --to gguf -o OUT"
     ),
@@ -91,12 +85,14 @@ class LoraTarget:
         shape: [out, in], of stacked experts [E, out, in]; of an embedding [D, V], as its factors multiply.
         factor: how many times as large as the model's own it is.
         norm: of a router: its layer, whose norm's weights are in its columns.
+        head_dim: of W_q and W_k whose rows have changed places: the size of a head; see ``native``.
     """
 
     name: str
     shape: tuple[int, ...]
     factor: float = 1.0
     norm: int | None = None
+    head_dim: int | None = None
 
 
 def lora_model(adapter: Checkpoint, base: Base) -> GGUFModel:
@@ -109,7 +105,11 @@ def lora_model(adapter: Checkpoint, base: Base) -> GGUFModel:
     Raises:
         UserError: the adapter is not LoRA alone, does not fit the base, or has LoRA where llama.cpp cannot.
     """
-    check_expressible(base.text)
+    arch = find_architecture(base.text)
+    if arch.centred:
+        raise UserError(
+            f"{adapter.folder}: is for a model that {arch.name!r} re-expresses by changing matrices; {MERGE}"
+        )
     factors = _factors(adapter)
     targets = lora_targets(base.text)
     shapes = {path: target.shape for path, target in targets.items()}
@@ -120,10 +120,10 @@ def lora_model(adapter: Checkpoint, base: Base) -> GGUFModel:
     for path, target in targets.items():
         if path in pairs:
             down, up = _joined(pairs[path], target, alpha, base)
-            stored = None if target.norm is None else "F32"  # as the router itself
+            stored = "F32" if "ffn_gate_inp" in target.name else None  # as the router itself
             pieces += [Piece(f"{target.name}.lora_a", down, stored), Piece(f"{target.name}.lora_b", up, stored)]
     metadata = {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": alpha}
-    return GGUFModel("gemma" if is_native(base.text) else "gemma4", metadata, pieces)
+    return GGUFModel(arch.name, metadata, pieces)
 
 
 def lora_targets(text: TextConfig) -> dict[str, LoraTarget]:
@@ -137,19 +137,21 @@ def lora_targets(text: TextConfig) -> dict[str, LoraTarget]:
         "o_proj": (size, queries),
         **_network(size, text.intermediate_size),
     }
-    native, experts = is_native(text), {}
+    arch, experts = find_architecture(text).name, {}
+    gemma4 = arch == "gemma4"
     if moe is not None:
-        inner = _network(size, moe.expert_size or text.intermediate_size)
-        experts = {name: (moe.num_experts, *shape) for name, shape in inner.items()}
+        experts = {name: (moe.num_experts, *shape) for name, shape in _network(size, expert_width(text)).items()}
     targets = {}
     for path, name in matrix_names(text).items():
         *_, part, last = path.split(".")
         shape = experts[last] if part == "switch_mlp" else shapes[last]
-        targets[path] = LoraTarget(name, shape, VALUE_FACTOR if last == "v_proj" and not native else 1.0)
+        factor = VALUE_FACTOR if gemma4 and last == "v_proj" else 1.0
+        turned = arch in NATIVES and NATIVES[arch].neighbours and last in ("q_proj", "k_proj")
+        targets[path] = LoraTarget(name, shape, factor, head_dim=text.head_dim if turned else None)
     for i in text.sparse_layers:
         assert moe is not None
-        router = LoraTarget(f"blk.{i + 1}.ffn_gate_inp.weight", (moe.num_experts, size), norm=i)
-        targets[f"{LAYERS}.{i}.mlp.gate"] = router
+        name, norm = f"blk.{i + gemma4}.ffn_gate_inp.weight", i if gemma4 else None
+        targets[f"{LAYERS}.{i}.mlp.gate"] = LoraTarget(name, (moe.num_experts, size), norm=norm)
     if not text.tie_word_embeddings:
         targets[EMBEDDING.removesuffix(".weight")] = LoraTarget("token_embd.weight", (size, text.vocab_size))
         targets[HEAD.removesuffix(".weight")] = LoraTarget("output.weight", (text.vocab_size, size))
@@ -157,7 +159,8 @@ def lora_targets(text: TextConfig) -> dict[str, LoraTarget]:
 
 
 def _network(size: int, width: int) -> dict[str, tuple[int, ...]]:
-    return {"gate_proj": (width, size), "up_proj": (width, size), "down_proj": (size, width)}
+    down_and_up = {"down_proj": (size, width), "up_proj": (width, size)}
+    return {**down_and_up, "gate_proj": (width, size), "fc1": (width, size), "fc2": (size, width)}
 
 
 def _factors(adapter: Checkpoint) -> dict[str, Factors]:
@@ -191,6 +194,8 @@ def _joined(pairs: Mapping[int, Pair], target: LoraTarget, alpha: float, base: B
     down, up = downs[0], ups[0]
     if target.name == "token_embd.weight":
         down = Tensor("F32", down.shape[::-1], lambda: downs[0].read().T)  # [V, r]
+    if target.head_dim is not None:
+        up = neighbours(up, target.head_dim)
     if target.norm is not None:
         norm = base.norms[target.norm]
         down = changed(down, lambda a: a * norm.read())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -58,3 +58,15 @@ def changed(tensor: Tensor, change: Callable[[mx.array], mx.array]) -> Tensor:
 def scaled(tensor: Tensor, factor: float) -> Tensor:
     """A tensor times a number, in its own dtype; with a power of two nothing is rounded."""
     return tensor if factor == 1 else replace(tensor, read=lambda: tensor.read() * factor)
+
+
+def pair(new: str, tensors: Mapping[str, Tensor], old: str, norm: bool = False) -> list[Piece]:
+    """Weight and bias of a linear layer or a norm, ours by the path ``old``."""
+    weight = Piece(f"{new}.weight", tensors[f"{old}.weight"], "F32" if norm else None)
+    return [weight, Piece(f"{new}.bias", tensors[f"{old}.bias"], "F32")]
+
+
+def channels_first(kernel: Tensor) -> Tensor:
+    """MLX's kernel [out, H, W, in] as [out, in, H, W]."""
+    out, height, width, channels = kernel.shape
+    return Tensor(kernel.dtype, (out, channels, height, width), lambda: kernel.read().transpose(0, 3, 1, 2))
