@@ -1,4 +1,4 @@
-"""Decoders of all families in float64 NumPy, written from transformers' Llama, Qwen2, StableLm and Phi: no line is ours.
+"""Decoders of all families in float64 NumPy, written from transformers' Llama, Qwen2, StableLm and Phi.
 
 ``numpy_decoder`` is Gemma alone, and seen from closer by.
 """

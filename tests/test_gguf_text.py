@@ -232,7 +232,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"moe": MoEConfig(use_residual=True)}, "moe.use_residual"),
     ({"hidden_act": "silu"}, "hidden_act"),
     ({"norm": "layer"}, "text_config.norm"),
-    ({"scale_embeddings": False}, "scale_embeddings"),
+    ({"scale_embeddings": False}, "hidden_act"),  # so it is no Gemma, and all others have SwiGLU
     ({"attention_bias": "qkv"}, "attention_bias"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     ({"parallel_block": True}, "parallel_block"),

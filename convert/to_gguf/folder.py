@@ -63,7 +63,7 @@ def gguf_pair(
     Args:
         config: the model's config.
         tensors: its tensors by gm-mlx's names, none of them quantized.
-        processor: its processor; the tokenizer is a SentencePiece model.
+        processor: its processor; see ``tokenizer`` for the kinds of tokenizers.
         name: the model's name, for people.
         gm: what ``gm.json`` will say.
         licence: the licence's identifier, if known.

@@ -14,8 +14,8 @@ multiplied by the ratio.
 
 **Rotary positions.** Where rows of W_q and W_k have changed places (``llama``), those of B do.
 
-**Routers.** The columns of a ``gemma4``'s hold the weights w of the norm before them, and (W + B A) diag(w) is W diag(w) + B (A
-diag(w)): the columns of A are multiplied by w.
+**Routers.** In a ``gemma4`` their columns hold the weights w of the norm before them, and (W + B A) diag(w) is
+W diag(w) + B (A diag(w)): the columns of A are multiplied by w.
 
 **Experts.** Each has factors of its own, stacked like the matrices: [E, r, in] and [E, out, r], with the largest rank.
 Zeros fill up the others and stand for an expert without LoRA.

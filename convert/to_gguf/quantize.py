@@ -17,6 +17,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -226,11 +227,17 @@ def imatrix_weights(
 
 
 def _is_filler(name: str, names: Container[str]) -> bool:
-    """Whether a matrix is one of the zeros that llama.cpp's graph needs and the model has not; see ``text``."""
-    if "blk.0.layer_output_scale.weight" not in names:
+    """Whether a matrix is one of the zeros that llama.cpp's graph needs and the model has not.
+
+    See ``gemma4``, whose first layer scales the stream, and ``step35``, whose last layer has no network.
+    """
+    if "blk.0.layer_output_scale.weight" in names:
+        beside = re.sub(r"(ffn_gate|ffn_up|ffn_down)\.weight$", r"\1_exps.weight", name)
+        return name.startswith("blk.0.") or (beside != name and beside in names)
+    last = next((i for i in count() if f"blk.{i}.ffn_norm.weight" not in names), 0) - 1
+    if any(f"blk.{last}.ffn_down{suffix}.weight" in names for suffix in ("", "_exps")):
         return False
-    beside = re.sub(r"(ffn_gate|ffn_up|ffn_down)\.weight$", r"\1_exps.weight", name)
-    return name.startswith("blk.0.") or (beside != name and beside in names)
+    return name.startswith(f"blk.{last}.") or "_shexp." in name
 
 
 def _run(

@@ -56,8 +56,8 @@ def traits(text: TextConfig) -> dict[str, Any]:
     same_width = moe is None or not dense or moe.expert_size in (0, text.intermediate_size)
     return {
         "moe": None if moe is None else "experts",
-        "norm": text.norm,
         "scale_embeddings": text.scale_embeddings,
+        "norm": text.norm,
         "attention_bias": text.attention_bias,
         "partial_rotary_factor": 1.0 if text.rotary_dim == text.head_dim else text.partial_rotary_factor,
         "parallel_block": text.parallel_block,
@@ -148,9 +148,14 @@ def find_architecture(text: TextConfig) -> Architecture:
     """
     has = traits(text)
     misfits = {
-        each.name: [key for key, values in each.takes.items() if has[key] not in values] for each in ARCHITECTURES
+        each.name: [key for key in has if key in each.takes and has[key] not in each.takes[key]]
+        for each in ARCHITECTURES
     }
-    nearest = min(ARCHITECTURES, key=lambda each: len(misfits[each.name]))
+    # Of two with as many misfits the one is nearer whose first comes later: ``traits`` begins with what weighs most.
+    order = list(has)
+    nearest = min(
+        ARCHITECTURES, key=lambda each: (len(misfits[each.name]), [-order.index(m) for m in misfits[each.name]])
+    )
     if misfits[nearest.name]:
         key = misfits[nearest.name][0]
         wanted = " or ".join(repr(value) for value in nearest.takes[key])

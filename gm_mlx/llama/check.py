@@ -38,6 +38,7 @@ PER_LAYER = {
     "expert_feed_forward_length": (0, 1 << 24),
     "attention.sliding_window_pattern": (0, MAX_LAYERS),
 }
+SLIDING = ("gemma4", "step35")  # llama.cpp stops at an assertion if no layer of these has a sliding window
 TOKEN_IDS = ("bos", "eos", "eot", "eom", "unknown", "seperator", "padding", "mask")  # as llama.cpp spells them
 VISION = "clip.vision."
 # Keys of a vision file and their kinds; llama.cpp asks for exactly these and aborts at others.
@@ -152,7 +153,7 @@ def _check_shape(header: GGUFHeader, arch: str) -> None:
     scaling = header.metadata.get(f"{arch}.rope.scaling.type", "none")
     if scaling not in ROPE_SCALINGS:
         _fail(header, f"{arch}.rope.scaling.type", f"is {scaling!r}")
-    if arch == "gemma4":
+    if arch in SLIDING:
         key = f"{arch}.attention.sliding_window_pattern"
         pattern = _list(header.metadata.get(key, []))
         if len(pattern) < (layers or 0) or not any(pattern):
