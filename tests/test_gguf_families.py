@@ -151,6 +151,7 @@ def errors(measured: np.ndarray, expected: np.ndarray) -> np.ndarray:
     return np.abs(measured - expected).max(-1) / np.abs(expected).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(PER_FAMILY))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits(family: str, seed: int, tmp_path: Path) -> None:
