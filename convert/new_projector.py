@@ -21,7 +21,7 @@ from gm_mlx.errors import UserError
 from gm_mlx.safetensors_writer import MLX_DTYPES
 from gm_mlx.tensors import Tensor
 
-EMBEDDING = "model.embed_tokens.weight"
+EMBEDDINGS = ("model.embed_tokens.weight", "transformer.wte.weight")  # the second is Qwen's
 
 
 def with_new_projector(checkpoint: Checkpoint, vision: Path, seed: int = 0) -> Checkpoint:
@@ -39,11 +39,11 @@ def with_new_projector(checkpoint: Checkpoint, vision: Path, seed: int = 0) -> C
     """
     if any(layout.matches(checkpoint.tensors) for layout in LAYOUTS) or checkpoint.projector:
         raise UserError(f"{checkpoint.folder}: has a projector already; leave out --new-projector")
-    if EMBEDDING not in checkpoint.tensors:
-        raise UserError(f"{checkpoint.folder}: has no {EMBEDDING}; --new-projector takes a language model")
+    embedding = next((checkpoint.tensors[name] for name in EMBEDDINGS if name in checkpoint.tensors), None)
+    if embedding is None:
+        raise UserError(f"{checkpoint.folder}: has no {EMBEDDINGS[0]}; --new-projector takes a language model")
     config = Values(checkpoint.folder / "config.json", checkpoint.config)
     tower = find_tower(LLAVA, config, {}, vision).config
-    embedding = checkpoint.tensors[EMBEDDING]
     size = embedding.shape[1]
     widths = {"0": tower["hidden_size"], "2": size}  # of the inputs
     random = np.random.default_rng(seed)

@@ -150,7 +150,7 @@ def _rope_theta(decoder: Decoder, config: Values, theta: float) -> float:
 DIMENSIONS = (
     (("vocab_size",), r"language_model\.model\.embed_tokens\.weight", 0),
     (("hidden_size",), r"language_model\.model\.embed_tokens\.weight", 1),
-    (("intermediate_size",), r".*\.mlp\.(?:experts\.\d+\.|mlp\.)?(?:gate_proj|fc1)\.weight", 0),
+    (("intermediate_size",), r"language_model\..*\.mlp\.(?:experts\.\d+\.|mlp\.)?(?:gate_proj|fc1)\.weight", 0),
     (("num_attention_heads", "head_dim"), r"language_model\.model\.layers\.\d+\.self_attn\.q_proj\.weight", 0),
     (("num_key_value_heads", "head_dim"), r"language_model\.model\.layers\.\d+\.self_attn\.k_proj\.weight", 0),
 )

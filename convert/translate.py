@@ -23,7 +23,6 @@ from gm_mlx.convert.fused_attention import split_attention
 from gm_mlx.convert.layouts import LAYOUTS
 from gm_mlx.convert.layouts.decoders import GEMMA, Decoder
 from gm_mlx.convert.layouts.layout import Layout
-from gm_mlx.convert.layouts.moe_llava import MOE_LLAVA
 from gm_mlx.convert.layouts.towers import STORED
 from gm_mlx.convert.lora import merge_lora
 from gm_mlx.convert.preparation import choose_template, find_tokenizer, image_config, image_token, make_processor
@@ -247,10 +246,10 @@ def _head_bias(config: Values, layout: Layout, tensors: dict[str, Tensor]) -> li
     """Drop the bias of Phi-2's head where MoE-LLaVA does, which builds that head without; with notes for the user."""
     if HEAD_BIAS not in tensors:
         return []
-    if layout is not MOE_LLAVA:
+    if layout.text:  # Hugging Face's LLaVA builds its head without, and then such a tensor is another model's
         raise UserError(
-            f"{config.file.parent}: tensor lm_head.bias: a head with a bias, as Phi-2 has by itself, is not supported "
-            "by this version; MoE-LLaVA's models of Phi-2 have none and can be converted"
+            f"{config.file.parent}: tensor lm_head.bias: a head with a bias is not supported by this version; "
+            "MoE-LLaVA's models of Phi-2 have none and can be converted"
         )
     del tensors[HEAD_BIAS]
     return ["the language model's lm_head.bias is left out, as MoE-LLaVA's code leaves it out"]

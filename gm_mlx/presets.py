@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 from gm_mlx.config import ModelConfig, MoEConfig, TextConfig, VisionConfig
 
 CLIP_L_336 = VisionConfig(
@@ -40,19 +43,32 @@ def _llava_gm(text: TextConfig) -> ModelConfig:
     return ModelConfig(text_config=text, vision_config=CLIP_L_336, image_token_index=256000, scale_image_features=True)
 
 
+GEMMA_2B = TextConfig(
+    hidden_size=2048,
+    intermediate_size=16384,
+    num_hidden_layers=18,
+    num_attention_heads=8,
+    num_key_value_heads=1,
+    head_dim=256,
+    vocab_size=256064,
+    moe=MoEConfig(),
+)
+# Where decoders differ from Gemma as Llama does.
+LIKE_LLAMA: dict[str, Any] = {
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "norm_plus_one": False,
+    "scale_embeddings": False,
+}
+
+
+def _moe_llava(image_token: int, text: TextConfig) -> ModelConfig:
+    """MoE-LLaVA: CLIP-L/336, 4 experts, top-2, layers 0, 2, 4, ...; an image's slots take an id that is no token's."""
+    return ModelConfig(replace(text, moe=MoEConfig()), CLIP_L_336, image_token)
+
+
 PRESETS = {
-    "llava-gm-2b": _llava_gm(
-        TextConfig(
-            hidden_size=2048,
-            intermediate_size=16384,
-            num_hidden_layers=18,
-            num_attention_heads=8,
-            num_key_value_heads=1,
-            head_dim=256,
-            vocab_size=256064,
-            moe=MoEConfig(),
-        )
-    ),
+    "llava-gm-2b": _llava_gm(GEMMA_2B),
     "llava-gm-7b": _llava_gm(
         TextConfig(
             hidden_size=3072,
@@ -65,6 +81,91 @@ PRESETS = {
             moe=MoEConfig(),
         )
     ),
+    "moe-llava-stablelm-1.6b": _moe_llava(
+        100289,
+        TextConfig(
+            hidden_size=2048,
+            intermediate_size=5632,
+            num_hidden_layers=24,
+            num_attention_heads=32,
+            num_key_value_heads=32,
+            head_dim=64,
+            vocab_size=100352,
+            rms_norm_eps=1e-5,
+            max_position_embeddings=4096,
+            norm="layer",
+            attention_bias="qkv",
+            partial_rotary_factor=0.25,
+            **LIKE_LLAMA,
+        ),
+    ),
+    "moe-llava-qwen-1.8b": _moe_llava(
+        151851,
+        TextConfig(
+            hidden_size=2048,
+            intermediate_size=5504,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            num_key_value_heads=16,
+            head_dim=128,
+            vocab_size=151936,
+            attention_bias="qkv",
+            **LIKE_LLAMA,
+        ),
+    ),
+    "moe-llava-phi2-2.7b": _moe_llava(
+        50296,
+        TextConfig(
+            hidden_size=2560,
+            intermediate_size=10240,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=32,
+            head_dim=80,
+            vocab_size=51200,
+            rms_norm_eps=1e-5,
+            max_position_embeddings=2048,
+            norm="layer",
+            attention_bias="all",
+            partial_rotary_factor=0.4,
+            parallel_block=True,
+            gated=False,
+            **{**LIKE_LLAMA, "hidden_act": "gelu_pytorch_tanh"},
+        ),
+    ),
+    # A Mistral, whose window of 4096 positions is its context.
+    "moe-llava-openchat-7b": _moe_llava(
+        32002,
+        TextConfig(
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            head_dim=128,
+            vocab_size=32002,
+            rms_norm_eps=1e-5,
+            max_position_embeddings=4096,
+            **LIKE_LLAMA,
+        ),
+    ),
+    "llava-1.5-7b": ModelConfig(
+        text_config=TextConfig(
+            hidden_size=4096,
+            intermediate_size=11008,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=32,
+            head_dim=128,
+            vocab_size=32000,
+            rms_norm_eps=1e-5,
+            max_position_embeddings=4096,
+            **LIKE_LLAMA,
+        ),
+        vision_config=CLIP_L_336,
+        image_token_index=32000,
+    ),
+    "llava-gemma-2b": _llava_gm(replace(GEMMA_2B, moe=None)),
     # PanGu-pi-1.5B-Pro: depth, width, vocabulary and the split at layer 15 are from Eve's code. Heads of 128 are those
     # of its smaller sister, and an FFN this wide gives the 1.5 B of its name, and with the tower the 1.8 B of Eve's.
     "eve-1.8b": ModelConfig(
@@ -76,15 +177,12 @@ PRESETS = {
             num_key_value_heads=16,
             head_dim=128,
             vocab_size=48000,
-            hidden_act="silu",
             max_position_embeddings=2048,
-            tie_word_embeddings=False,
-            norm_plus_one=False,
-            scale_embeddings=False,
             attention_bias="qkv",
             series_layers=15,
             shortcut_size=128,
             moe=EVF,
+            **LIKE_LLAMA,
         ),
         vision_config=SIGLIP_L_384,
         image_token_index=48000,

@@ -104,6 +104,30 @@ EVE: Names = (
     *MOE_LLAVA,
 )
 
+# Decoders whose names inside are not Llama's. Phi:
+PHI_NAMES: Names = (
+    (r"language_model\.(model\.layers\.\d+\.self_attn)\.dense\.(weight|bias)", r"language_model.\1.o_proj.\2"),
+    (r"language_model\.model\.final_layernorm\.(weight|bias)", r"language_model.model.norm.\1"),
+)
+# The first Qwen. ``c_attn`` is three matrices in one, which ``convert.fused_attention`` takes apart. In an FFN, dense
+# or an expert, ``w2`` is the gate.
+QWEN_LAYER, QWEN_FFN = r"language_model\.transformer\.h\.(\d+)", r"(\.mlp\.(?:mlp\.|experts\.\d+\.)?)"
+QWEN_NAMES: Names = (
+    (r"language_model\.transformer\.wte\.weight", "language_model.model.embed_tokens.weight"),
+    (r"language_model\.transformer\.ln_f\.weight", "language_model.model.norm.weight"),
+    (rf"{QWEN_LAYER}\.ln_1\.weight", r"language_model.model.layers.\1.input_layernorm.weight"),
+    (rf"{QWEN_LAYER}\.ln_2\.weight", r"language_model.model.layers.\1.post_attention_layernorm.weight"),
+    (rf"{QWEN_LAYER}\.attn\.c_attn\.(weight|bias)", r"language_model.model.layers.\1.self_attn.qkv.\2"),
+    (rf"{QWEN_LAYER}\.attn\.c_proj\.weight", r"language_model.model.layers.\1.self_attn.o_proj.weight"),
+    (rf"{QWEN_LAYER}{QWEN_FFN}w1\.weight", r"language_model.model.layers.\1\2up_proj.weight"),
+    (rf"{QWEN_LAYER}{QWEN_FFN}w2\.weight", r"language_model.model.layers.\1\2gate_proj.weight"),
+    (rf"{QWEN_LAYER}{QWEN_FFN}c_proj\.weight", r"language_model.model.layers.\1\2down_proj.weight"),
+    (rf"{QWEN_LAYER}\.mlp\.(gate|coefficient)\.(.*)", r"language_model.model.layers.\1.mlp.\2.\3"),
+    (r"(language_model\.lm_head\.weight)", r"\1"),
+)
+# For a module of any decoder, whatever else it is called.
+ANY_DECODER: Names = (*PHI_NAMES, *QWEN_NAMES, (r"(.*)", r"\1"))
+
 # A tensor of an expert that is a module of its own; gm-mlx stacks those of a layer under ``mlp.switch_mlp``.
 EXPERT = re.compile(r"(.*\.mlp)\.experts\.(\d+)\.(.*)")
 

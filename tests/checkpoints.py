@@ -15,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import torch
+from qwen_reference import QwenMLP, QwenModel
 from safetensors.torch import save_file
 from tiny_tokenizer import write_sentencepiece
 from torch_reference import NaiveMoE, gemma_config, randomise, vision_config
@@ -26,8 +27,11 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     MistralConfig,
+    PhiConfig,
+    Qwen2Config,
     SiglipConfig,
     SiglipModel,
+    StableLmConfig,
 )
 
 from gm_mlx.config import ModelConfig, MoEConfig, TextConfig, VisionConfig
@@ -46,6 +50,11 @@ TOWERS = {
     ),
 }  # fmt: skip
 TOWER_IDS = {"clip": "openai/clip-vit-large-patch14-28", "siglip": "google/siglip-so400m-patch14-32"}
+SIZES: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": VOCAB, "max_position_embeddings": 1024,
+}  # fmt: skip
+# No value is the default of a family's class, so that one that is not read shows.
 FAMILIES: dict[str, dict[str, Any]] = {
     "gemma": {"head_dim": 16},
     "llama": {
@@ -54,6 +63,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 FAMILIES["mistral"] = FAMILIES["llama"]
+FAMILIES["qwen1_5"] = {**FAMILIES["llama"], "attention_bias": "qkv"}
+FAMILIES["qwen"] = {**FAMILIES["qwen1_5"], "num_key_value_heads": 4}
+FAMILIES["stablelm"] = {**FAMILIES["qwen1_5"], "norm": "layer", "rms_norm_eps": 1e-4, "partial_rotary_factor": 0.5}
+FAMILIES["phi"] = {
+    **FAMILIES["stablelm"], "attention_bias": "all", "partial_rotary_factor": 0.75, "parallel_block": True,
+    "gated": False, "hidden_act": "gelu_pytorch_tanh",
+}  # fmt: skip
 
 # Patterns of transformers 5's names, and the names on disk; the first match counts.
 Table = list[tuple[str, str]]
@@ -85,13 +101,26 @@ MOE_LLAVA: Table = [
     *LLAVA[3:],
 ]
 LANGUAGE_MODEL: Table = LLAVA[3:]
+# Qwen's inner model is called ``transformer``, and tower and projector are in it.
+QWEN: Table = [
+    (r"model\.language_model\.(.*)\.mlp\.gate\.weight", r"transformer.\1.mlp.deepspeed_moe.gate.wg.weight"),
+    (r"model\.language_model\.(.*)\.experts\.(.*)", r"transformer.\1.deepspeed_moe.experts.deepspeed_experts.\2"),
+    (r"model\.language_model\.(.*)", r"transformer.\1"),
+    *((pattern, name.replace("model.", "transformer.", 1)) for pattern, name in MOE_LLAVA[:3]),
+    (r"(lm_head\..*)", r"\1"),
+]
 
 State = dict[str, torch.Tensor]
 
 
+def moe_llava_names(family: str) -> Table:
+    """MoE-LLaVA's names on a family."""
+    return QWEN if family == "qwen" else MOE_LLAVA
+
+
 def model_config(family: str = "gemma", tower: str = "clip", moe: MoEConfig | None = None, **join: Any) -> ModelConfig:
     """What a converted checkpoint of this kind must say of itself."""
-    text = TextConfig(32, 64, 3, 4, 2, vocab_size=VOCAB, moe=moe, max_position_embeddings=1024, **FAMILIES[family])
+    text = TextConfig(**{**SIZES, **FAMILIES[family]}, moe=moe)
     return ModelConfig(text, TOWERS[tower], **{"image_token_index": VOCAB - 1, **join})
 
 
@@ -109,9 +138,12 @@ def reference(config: ModelConfig, family: str = "gemma", seed: int = 0) -> Any:
             tie_word_embeddings=text.tie_word_embeddings,
         )
     )
+    ffn = None
+    if family == "qwen":
+        model.model.language_model, ffn = QwenModel(text), QwenMLP
     for layer in text.sparse_layers:
         assert text.moe is not None
-        model.model.language_model.layers[layer].mlp = NaiveMoE(text, text.moe)
+        model.model.language_model.layers[layer].mlp = NaiveMoE(text, text.moe, ffn)
     return randomise(model)
 
 
@@ -120,7 +152,23 @@ def hf_text_config(text: TextConfig, family: str) -> Any:
         config = gemma_config(text)
         config.max_position_embeddings = text.max_position_embeddings
         return config
-    kind: Any = {"llama": LlamaConfig, "mistral": MistralConfig}[family]
+    kind: Any = {
+        "llama": LlamaConfig,
+        "mistral": MistralConfig,
+        "qwen": LlamaConfig,  # whose model is replaced
+        "qwen1_5": Qwen2Config,
+        "stablelm": StableLmConfig,
+        "phi": PhiConfig,
+    }[family]
+    norm = "rms_norm_eps" if text.norm == "rms" else "layer_norm_eps"
+    rope = {"rope_type": "default", "rope_theta": text.rope_theta}
+    own: dict[str, Any] = {}
+    if text.norm == "layer":
+        rope["partial_rotary_factor"] = text.partial_rotary_factor
+    if family == "stablelm":
+        own = {"use_qkv_bias": True}
+    if family == "llama" and text.attention_bias == "all":
+        own = {"attention_bias": True}
     return kind(
         hidden_size=text.hidden_size,
         intermediate_size=text.intermediate_size,
@@ -129,11 +177,10 @@ def hf_text_config(text: TextConfig, family: str) -> Any:
         num_key_value_heads=text.num_key_value_heads,
         vocab_size=text.vocab_size,
         hidden_act=text.hidden_act,
-        rms_norm_eps=text.rms_norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": text.rope_theta},
+        rope_parameters=rope,
         max_position_embeddings=text.max_position_embeddings,
         tie_word_embeddings=False,
-        **({"attention_bias": True} if text.attention_bias == "all" else {}),
+        **{norm: text.rms_norm_eps, **own},
     )
 
 
@@ -171,7 +218,29 @@ def text_json(config: ModelConfig, family: str) -> dict[str, Any]:
         keys["head_dim"] = text.head_dim
     if family == "mistral":
         keys["sliding_window"] = None
-    return keys
+    if family == "qwen1_5":  # names a window and does not use it
+        keys |= {"sliding_window": 16, "use_sliding_window": False}
+    if family == "stablelm":
+        del keys["rms_norm_eps"]
+        keys |= {"norm_eps": text.rms_norm_eps, "rope_pct": text.partial_rotary_factor, "use_qkv_bias": True}
+    if family == "phi":
+        del keys["rms_norm_eps"]
+        keys |= {"layer_norm_eps": text.rms_norm_eps, "partial_rotary_factor": text.partial_rotary_factor}
+        keys["hidden_act"] = "gelu_new"
+    return qwen_json(keys) if family == "qwen" else keys
+
+
+def qwen_json(keys: dict[str, Any]) -> dict[str, Any]:
+    """The same in the words of Qwen's own code: ``intermediate_size`` counts two matrices."""
+    words = {
+        "rms_norm_eps": "layer_norm_epsilon",
+        "rope_theta": "rotary_emb_base",
+        "max_position_embeddings": "seq_length",
+    }
+    unknown = ("hidden_act", "num_key_value_heads", "rope_scaling")
+    own = {words.get(key, key): value for key, value in keys.items() if key not in unknown}
+    own["intermediate_size"] *= 2
+    return own | {"kv_channels": 8, "no_bias": True, "use_dynamic_ntk": True, "use_logn_attn": True, "rotary_pct": 1.0}
 
 
 def llava_json(config: ModelConfig, family: str, tower: str = "clip", **changes: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gm_mlx.convert.layouts import LAYOUTS
-from gm_mlx.convert.layouts.decoders import DECODERS, UNSUPPORTED
+from gm_mlx.convert.layouts.decoders import DECODERS, PHI, QWEN, STABLELM, UNSUPPORTED, Decoder
 from gm_mlx.convert.layouts.eve import EVE
 from gm_mlx.convert.layouts.hf_llava import HF_LLAVA
 from gm_mlx.convert.layouts.llava import LLAVA
@@ -57,6 +57,15 @@ BLOCK = "multi_modal_projector.blocks"
         (MOE_LLAVA, "model.mm_projector.image_spatial_proj.2.bias", LINEAR),
         (MOE_LLAVA, "model.image_tower.image_tower.vision_model.embeddings.patch_embedding.weight", PATCHES),
         (MOE_LLAVA, "model.layers.7.mlp.up_proj.weight", UP),
+        # Qwen, whose tower and projector are inside its transformer
+        (LLAVA, "transformer.mm_projector.2.bias", LINEAR),
+        (MOE_LLAVA, "transformer.mm_projector.image_spatial_proj.2.bias", LINEAR),
+        (MOE_LLAVA, "transformer.image_tower.image_tower.vision_model.embeddings.patch_embedding.weight", PATCHES),
+        (
+            MOE_LLAVA,
+            "transformer.h.7.mlp.deepspeed_moe.experts.deepspeed_experts.3.w1.weight",
+            "language_model.transformer.h.7.mlp.experts.3.w1.weight",
+        ),
         (
             MOE_LLAVA,
             "model.layers.7.mlp.deepspeed_moe.gate.wg.weight",
@@ -137,22 +146,55 @@ def test_names_in_a_tower_s_own_folder(name: str, new: str | None) -> None:
     assert renamed(name, NAMES) == new
 
 
+@pytest.mark.parametrize(
+    ("decoder", "name", "new"),
+    [
+        (PHI, "model.layers.7.self_attn.dense.bias", "model.layers.7.self_attn.o_proj.bias"),
+        (PHI, "model.final_layernorm.bias", "model.norm.bias"),
+        (PHI, "model.layers.7.mlp.experts.3.fc1.bias", "model.layers.7.mlp.experts.3.fc1.bias"),
+        (QWEN, "transformer.wte.weight", "model.embed_tokens.weight"),
+        (QWEN, "transformer.ln_f.weight", "model.norm.weight"),
+        (QWEN, "transformer.h.7.attn.c_attn.bias", "model.layers.7.self_attn.qkv.bias"),
+        (QWEN, "transformer.h.7.mlp.w1.weight", "model.layers.7.mlp.up_proj.weight"),
+        (QWEN, "transformer.h.7.mlp.w2.weight", "model.layers.7.mlp.gate_proj.weight"),
+        (QWEN, "transformer.h.7.mlp.experts.3.w2.weight", "model.layers.7.mlp.experts.3.gate_proj.weight"),
+        (QWEN, "transformer.h.7.mlp.mlp.c_proj.weight", "model.layers.7.mlp.mlp.down_proj.weight"),
+        (QWEN, "transformer.h.7.mlp.coefficient.bias", "model.layers.7.mlp.coefficient.bias"),
+        (QWEN, "lm_head.weight", "lm_head.weight"),
+        (STABLELM, "model.layers.7.input_layernorm.bias", "model.layers.7.input_layernorm.bias"),
+    ],
+)
+def test_names_of_decoders(decoder: Decoder, name: str, new: str) -> None:
+    assert renamed(f"language_model.{name}", decoder.names) == f"language_model.{new}"
+
+
+@pytest.mark.parametrize("name", ["transformer.rotary_emb.inv_freq", "transformer.h.0.attn.masked_bias"])
+@pytest.mark.parametrize("layout", [LLAVA, MOE_LLAVA], ids=lambda layout: layout.title)
+def test_buffers_have_no_place(layout: object, name: str) -> None:
+    assert isinstance(layout, type(LLAVA))
+    assert renamed(name, layout.names) is None
+
+
 def test_every_decoder_says_all_that_text_config_needs() -> None:
     for decoder in DECODERS:
         assert decoder.keys.keys() <= decoder.defaults.keys()
+        assert (decoder.bias is None) == ("attention_bias" in decoder.fixed)
+        assert set(decoder.older) <= set(decoder.keys.values())
         assert not decoder.keys.keys() & decoder.fixed.keys()
 
 
 @pytest.mark.parametrize(
     ("model_type", "title"),
     [
-        ("stablelm", "StableLM"),
-        ("stablelm_epoch", "StableLM"),
-        ("qwen", "Qwen"),
-        ("qwen1_5", "Qwen1.5"),
-        ("qwen2", "Qwen1.5"),
-        ("phi", "Phi"),
-        ("phi3", "Phi"),
+        ("stablelm", None),
+        ("stablelm_epoch", None),
+        ("qwen", None),
+        ("qwen1_5", None),
+        ("qwen2", None),
+        ("qwen2_moe", "Qwen3 or a newer Qwen"),
+        ("qwen3", "Qwen3 or a newer Qwen"),
+        ("phi", None),
+        ("phi3", "Phi-3"),
         ("minicpm", "MiniCPM"),
         ("mpt", "MPT"),
         ("next", "LLaVA-1.6 (any resolution)"),

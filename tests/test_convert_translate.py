@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import (
+    FAMILIES,
     HF_MIXED,
     HF_OLD,
     LLAVA,
@@ -22,6 +23,7 @@ from checkpoints import (
     llava_json,
     model_config,
     moe_llava_json,
+    moe_llava_names,
     reference,
     state_of,
     write,
@@ -44,7 +46,7 @@ SPARSE = MoEConfig()
 
 
 @pytest.mark.parametrize("original", [True, False], ids=["old names", "new names"])
-@pytest.mark.parametrize("family", ["gemma", "llama", "mistral"])
+@pytest.mark.parametrize("family", ["gemma", "llama", "mistral", "qwen1_5", "stablelm", "phi"])
 def test_hugging_face_as_transformers_5_writes_it(tmp_path: Path, family: str, original: bool) -> None:
     config = model_config(family)
     model = reference(config, family)
@@ -164,13 +166,13 @@ def test_a_gemma_that_calls_itself_llama(tmp_path: Path) -> None:
     assert largest_error(translation, model) <= TOLERANCE
 
 
-@pytest.mark.parametrize("family", ["gemma", "llama", "mistral"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("moe", [SPARSE, MoEConfig(2, 1, norm_topk_prob=False), MoEConfig(use_residual=True)],
                          ids=["top-2 of 4", "top-1 of 2", "residual"])  # fmt: skip
 def test_moe_llava(tmp_path: Path, family: str, moe: MoEConfig) -> None:
     config = model_config(family, moe=moe)
     model = reference(config, family)
-    write(tmp_path, moe_llava_json(config, family), state_of(model, MOE_LLAVA))
+    write(tmp_path, moe_llava_json(config, family), state_of(model, moe_llava_names(family)))
     translation = convert(tmp_path)
     assert translation.config.text_config == config.text_config
     assert not translation.notes

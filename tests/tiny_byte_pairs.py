@@ -71,9 +71,9 @@ def write_ranks(folder: Path, name: str = "qwen.tiktoken", tokens: dict[bytes, i
     return folder
 
 
-def write_vocabulary(folder: Path, kind: str = "CodeGenTokenizer") -> Path:
+def write_vocabulary(folder: Path, kind: str = "CodeGenTokenizer", size: int = 1200) -> Path:
     """Writes vocab.json, merges.txt, added_tokens.json and tokenizer_config.json as MoE-LLaVA's Phi-2 has them."""
-    vocabulary, merges = trained(None if kind == "CodeGenTokenizer" else WORDS)
+    vocabulary, merges = trained(None if kind == "CodeGenTokenizer" else WORDS, size)
     vocabulary = {**vocabulary, "<|endoftext|>": len(vocabulary)}
     added = {name: len(vocabulary) + index for index, name in enumerate([*RUNS, "<|extra_0|>"])}
     config = {"tokenizer_class": kind, "pad_token": "<|extra_0|>", "unk_token": "<|extra_0|>"}

@@ -8,6 +8,7 @@ Gemma's feed-forward network.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -24,6 +25,7 @@ from transformers import (
     SiglipVisionModel,
 )
 from transformers.models.gemma.modeling_gemma import GemmaMLP
+from transformers.models.phi.modeling_phi import PhiMLP
 
 from gm_mlx.config import ModelConfig, MoEConfig, TextConfig, VisionConfig
 
@@ -86,13 +88,14 @@ class LowRankGate(nn.Module):
 class NaiveMoE(nn.Module):
     """A mixture of experts as a loop over tokens; ``trace`` keeps each token's choice of the last call."""
 
-    def __init__(self, text: TextConfig, moe: MoEConfig) -> None:
+    def __init__(self, text: TextConfig, moe: MoEConfig, ffn: Callable[[TextConfig], nn.Module] | None = None) -> None:
         super().__init__()
+        ffn = ffn or network
         self.top_k, self.norm_topk_prob = moe.top_k, moe.norm_topk_prob
         full = nn.Linear(text.hidden_size, moe.num_experts, bias=False)
         self.gate = LowRankGate(text, moe) if moe.router_rank else full
-        self.experts = nn.ModuleList(GemmaMLP(gemma_config(text)) for _ in range(moe.num_experts))
-        self.mlp = GemmaMLP(gemma_config(text)) if moe.use_residual else None
+        self.experts = nn.ModuleList(ffn(text) for _ in range(moe.num_experts))
+        self.mlp = ffn(text) if moe.use_residual else None
         self.coefficient = nn.Linear(text.hidden_size, 2) if moe.use_residual else None
         self.trace: list[list[int]] = []
         self.logits = self.probabilities = torch.zeros(0)
@@ -124,6 +127,11 @@ class NaiveMoE(nn.Module):
         p = self.probabilities
         p, first = (p, first) if real is None else (p[real], first[real])
         return (p.mean(dim=0) * first.mean(dim=0)).sum() * num_experts
+
+
+def network(text: TextConfig) -> nn.Module:
+    """A feed-forward network of transformers: Gemma's, which is Llama's, or Phi's."""
+    return GemmaMLP(gemma_config(text)) if text.gated else PhiMLP(gemma_config(text))
 
 
 def gemma_config(text: TextConfig) -> GemmaConfig:

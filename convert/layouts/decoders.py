@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from gm_mlx.source_names import BUFFERS, Names
+from gm_mlx.source_names import BUFFERS, PHI_NAMES, QWEN_NAMES, Names
 
 # Fields of TextConfig, and what a decoder's config.json calls them.
 LLAMA_KEYS = {
@@ -37,29 +37,6 @@ LLAMA_REFUSED: dict[str, tuple[object, ...]] = {
     "use_bidirectional_attention": (None, False),
 }
 LAYER_NORM_KEYS = {**LLAMA_KEYS, "rms_norm_eps": "layer_norm_eps", "partial_rotary_factor": "partial_rotary_factor"}
-PHI_NAMES: Names = (
-    *BUFFERS,
-    (r"language_model\.(model\.layers\.\d+\.self_attn)\.dense\.(weight|bias)", r"language_model.\1.o_proj.\2"),
-    (r"language_model\.model\.final_layernorm\.(weight|bias)", r"language_model.model.norm.\1"),
-    *LLAMA_NAMES,
-)
-# ``c_attn`` is three matrices in one, which ``fused_attention.py`` takes apart. In an FFN, dense or an expert, ``w2`` is
-# the gate, and what lies between ``mlp`` and it stays.
-QWEN_LAYER, QWEN_FFN = r"language_model\.transformer\.h\.(\d+)", r"(\.mlp\.(?:mlp\.|experts\.\d+\.)?)"
-QWEN_NAMES: Names = (
-    *BUFFERS,
-    (r"language_model\.transformer\.wte\.weight", "language_model.model.embed_tokens.weight"),
-    (r"language_model\.transformer\.ln_f\.weight", "language_model.model.norm.weight"),
-    (rf"{QWEN_LAYER}\.ln_1\.weight", r"language_model.model.layers.\1.input_layernorm.weight"),
-    (rf"{QWEN_LAYER}\.ln_2\.weight", r"language_model.model.layers.\1.post_attention_layernorm.weight"),
-    (rf"{QWEN_LAYER}\.attn\.c_attn\.(weight|bias)", r"language_model.model.layers.\1.self_attn.qkv.\2"),
-    (rf"{QWEN_LAYER}\.attn\.c_proj\.weight", r"language_model.model.layers.\1.self_attn.o_proj.weight"),
-    (rf"{QWEN_LAYER}{QWEN_FFN}w1\.weight", r"language_model.model.layers.\1\2up_proj.weight"),
-    (rf"{QWEN_LAYER}{QWEN_FFN}w2\.weight", r"language_model.model.layers.\1\2gate_proj.weight"),
-    (rf"{QWEN_LAYER}{QWEN_FFN}c_proj\.weight", r"language_model.model.layers.\1\2down_proj.weight"),
-    (rf"{QWEN_LAYER}\.mlp\.(gate|coefficient)\.(.*)", r"language_model.model.layers.\1.mlp.\2.\3"),
-    (r"(language_model\.lm_head\.weight)", r"\1"),
-)
 
 
 @dataclass(frozen=True)
@@ -222,7 +199,7 @@ STABLELM = Decoder(
 PHI = Decoder(
     title="Phi",
     model_type="phi",
-    names=PHI_NAMES,
+    names=(*PHI_NAMES, *LLAMA_NAMES),
     fixed={**LLAMA.fixed, "norm": "layer", "attention_bias": "all", "parallel_block": True, "gated": False},
     defaults={
         **LLAMA.defaults,
@@ -245,7 +222,7 @@ PHI = Decoder(
 QWEN = Decoder(
     title="Qwen",
     model_type="qwen",
-    names=QWEN_NAMES,
+    names=(*BUFFERS, *QWEN_NAMES),
     fixed={**LLAMA.fixed, "attention_bias": "qkv"},
     defaults={
         **LLAMA.defaults,

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from gm_mlx.errors import UserError
-from gm_mlx.source_names import EXPERT, HF_LLAVA, MOE_LLAVA, renamed
+from gm_mlx.source_names import ANY_DECODER, EXPERT, HF_LLAVA, MOE_LLAVA, renamed
 from gm_mlx.tensors import Tensor
 
 LORA_CONFIG = "adapter_config.json"
@@ -165,7 +165,7 @@ def module_path(module: str) -> tuple[str, int | None]:
         path = renamed(name, HF_LLAVA)
     except KeyError:
         path = renamed(name, MOE_LLAVA)  # it has LLaVA's names too, and takes all others for the decoder's
-    path = (path or name).removesuffix(".weight")
+    path = (renamed(path or name, ANY_DECODER) or name).removesuffix(".weight")
     if expert := EXPERT.fullmatch(path):
         return f"{expert[1]}.switch_mlp.{expert[3]}", int(expert[2])
     return path, None
