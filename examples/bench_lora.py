@@ -93,7 +93,7 @@ def main() -> None:
 
     print(f"{cpu_name()}, {os.cpu_count()} cores; mlx {mx.__version__}; BLAS: {status()}")
     print(f"{shape}; LoRA of rank {arguments.rank}; {arguments.rounds} rounds of {arguments.steps} steps\n")
-    print("| weights | rows × length | trainer | tokens/s | step | times gm-mlx's speed | peak memory | first loss |")
+    print("| weights | rows × length | trainer | tokens/s | step | gm-mlx is faster by | peak memory | first loss |")
     print("|---|---|---|---|---|---|---|---|")
     results = []
     for bits in arguments.bits:
@@ -195,13 +195,17 @@ def make_rows(config: ModelConfig, shape: Shape, rows: int) -> dict[str, np.ndar
 def show(sides: list[Side], first: dict[str, float], what: str, tokens: int) -> dict[str, Any]:
     """Print the lines of a case; returns all that was measured."""
     seconds = {side.name: [median(turn["seconds"]) for turn in side.rounds] for side in sides}
+    speed_up = {
+        name: median(other / ours for ours, other in zip(seconds[OURS], own, strict=True))
+        for name, own in seconds.items()
+        if name != OURS
+    }
     for side in sides:
         own = seconds[side.name]
-        ratio = median(ours / other for ours, other in zip(seconds[OURS], own, strict=True))
         cells = [
             f"{tokens / median(own):,.0f}",
             f"{median(own):.2f} s ({min(own):.2f}–{max(own):.2f})",
-            "–" if side.name in (OURS, SPARSE) else f"{ratio:.2f}",
+            "–" if side.name in (OURS, SPARSE) else f"{speed_up[side.name]:.2f} ×",
             f"{max(turn['process_bytes'] for turn in side.rounds) / 1e9:.2f} GB",
             f"{first[side.name]:.4f}",
         ]
@@ -211,11 +215,7 @@ def show(sides: list[Side], first: dict[str, float], what: str, tokens: int) -> 
         "tokens": tokens,
         "first_losses": first,
         "sides": {side.name: side.rounds for side in sides},
-        "speed_up": {
-            name: median(other / ours for ours, other in zip(seconds[OURS], own, strict=True))
-            for name, own in seconds.items()
-            if name != OURS
-        },
+        "speed_up": speed_up,
     }
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 COLOURS = ["red", "green", "blue", "yellow", "black", "gray", "teal", "brown", "orange", "purple"]
 SHAPES = ["circle", "rectangle", "triangle", "star", "cross"]
-NEW_SHAPE = "heart"  # of examples/new_shape
+NEW_SHAPE = "ring"  # of examples/new_shape
 POSITIONS = ["top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right"]
 
 

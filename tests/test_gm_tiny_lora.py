@@ -33,24 +33,23 @@ LEAST_NEW, MOST_BEFORE, MOST_FORGOTTEN, LEAST_SAME = 0.95, 0.20, 0.02, 0.99
 # --- data ---
 
 
-def test_hearts_fit_their_boxes() -> None:
-    corners = np.array(make_data.HEART)
-    assert np.allclose([corners.min(axis=0), corners.max(axis=0)], [[-0.5, -0.5], [0.5, 0.5]], atol=1e-6)
-
-
-def test_pictures_show_hearts_where_the_scene_has_them() -> None:
-    """A heart's notch is background, and its sides are not: no old shape has both."""
-    for index in range(30):
+def test_pictures_show_rings_where_the_scene_has_them() -> None:
+    """A ring's middle is background and what is around it is not: no old shape is like that."""
+    seen = 0
+    for index in range(40):
         scene = make_data.new_scene(make_data.scene_rng("look", 0, index))
-        (heart,) = (o for o in scene.objects if o.shape == "heart")
-        if heart.angle or scene.noise:
+        (ring,) = (o for o in scene.objects if o.shape == "ring")
+        if scene.noise:
             continue
+        seen += 1
         pixels = make_data.render(scene).astype(int)
-        notch = pixels[round(heart.y - heart.height / 2), round(heart.x - 0.5)]
-        row, shift = int(heart.y - heart.height / 6), heart.width / 4
-        left, right = (pixels[row, int(heart.x + side)] for side in (-shift, shift))
-        assert np.abs(notch - heart.rgb).sum() > 40
-        assert np.abs(left - heart.rgb).max() < 8 and np.abs(right - heart.rgb).max() < 8
+        assert tuple(pixels[int(ring.y), int(ring.x)]) == scene.background
+        away = 0.39 * ring.width
+        for x, y in ((-away, 0), (away, 0), (0, -away), (0, away)):
+            assert np.abs(pixels[int(ring.y + y), int(ring.x + x)] - ring.rgb).max() < 40
+        left, top, right, bottom = ring.box()
+        assert min(left, top) >= -1e-9 and max(right, bottom) <= 64 + 1e-9
+    assert seen > 15
 
 
 def test_every_answer_is_right() -> None:
@@ -64,14 +63,14 @@ def test_every_answer_is_right() -> None:
                 assert derive(scene, plain + ends) == answer, (question, scene)
 
 
-def test_training_rows_have_hearts_every_other_time_and_test_rows_ask_for_one() -> None:
+def test_training_rows_have_rings_every_other_time_and_test_rows_ask_for_one() -> None:
     rows = [make_data.training_row(index) for index in range(60)]
-    assert [any(o.shape == "heart" for o in scene.objects) for scene, _ in rows] == [True, False] * 30
-    about = [answer for _, asked in rows for q, answer, _ in asked if re.search(r"\bhearts?\b", q)]
+    assert [any(o.shape == "ring" for o in scene.objects) for scene, _ in rows] == [True, False] * 30
+    about = [answer for _, asked in rows for q, answer, _ in asked if re.search(r"\brings?\b", q)]
     assert {"yes", "no"} <= set(about)
     for index in range(60):
         scene, ((_, answer, kind),) = make_data.test_row(index)
-        assert "heart" in answer and kind in make_data.NAMING
+        assert "ring" in answer and kind in make_data.NAMING
         assert scene not in [mine for mine, _ in rows]
 
 
@@ -88,7 +87,7 @@ def test_the_files_are_training_data(tmp_path: Path, monkeypatch: pytest.MonkeyP
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
     ids, learnt = processor.encode_supervised(messages, num_images=1)
     assert [part.tolist() for part in data.train.tokens(0)] == [list(ids), list(learnt)]
-    asked = proof.hearts(tmp_path)
+    asked = proof.new_shapes(tmp_path)
     assert len(asked) == 6
     scene, ((question, answer, _),) = make_data.test_row(2)
     assert (asked[2].question, asked[2].answer) == (question, answer)
@@ -101,17 +100,17 @@ def test_the_files_are_training_data(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any], list[Any]]:
-    """The data's folder, questions about hearts, and questions about old shapes."""
-    out = tmp_path_factory.mktemp("heart")
+    """The data's folder, questions about rings, and questions about old shapes."""
+    out = tmp_path_factory.mktemp("ring")
     make_data.write_data(out / "data")
-    return out, proof.hearts(out / "data"), proof.old_shapes(SAMPLE, None, None)
+    return out, proof.new_shapes(out / "data"), proof.old_shapes(SAMPLE, None, None)
 
 
 @pytest.fixture(scope="module")
 def given(asked: tuple[Path, list[Any], list[Any]]) -> dict[str, list[str]]:
-    """What each form of the model answers, about hearts and then about old shapes."""
+    """What each form of the model answers, about rings and then about old shapes."""
     out, new, old = asked
-    proof.learn(out / "data" / "train.jsonl", out / "heart")
+    proof.learn(out / "data" / "train.jsonl", out / "ring")
     return {name: proof.answers(form, [*new, *old]) for name, form in proof.make_forms(out).items()}
 
 
@@ -151,5 +150,5 @@ def test_forgets_little_of_all_of_easy_vqa(
     assert given  # the adapter is there
     every = proof.old_shapes(EASY_VQA, "test", 2400)
     base = find_model("gm-tiny")
-    before, after = (right(proof.answers(proof.Form(base, a), every), every) for a in (None, out / "heart"))
+    before, after = (right(proof.answers(proof.Form(base, a), every), every) for a in (None, out / "ring"))
     assert after >= before - MOST_FORGOTTEN

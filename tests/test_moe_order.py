@@ -60,10 +60,10 @@ def test_every_arm_takes_the_same_steps_and_rows(data: Any) -> None:
 
 
 def test_no_scene_is_trained_and_measured_on() -> None:
-    scenes = [{order.draw(split, 0, index)[1] for index in range(300)} for split in ("asked", "described", "heldout")]
+    scenes = [{order.draw(split, 0, index)[0] for index in range(300)} for split in ("asked", "described", "heldout")]
     assert all(len(mine) == 300 for mine in scenes)
     assert not scenes[2] & (scenes[0] | scenes[1])
-    assert {len(scene.objects) for mine in scenes for scene in mine} == {1}
+    assert {len(scene.objects) for mine in scenes for scene in mine} == {1, 2}
 
 
 def test_copies_compute_what_the_dense_model_does_and_random_experts_do_not(data: Any, start: Model) -> None:
@@ -74,7 +74,7 @@ def test_copies_compute_what_the_dense_model_does_and_random_experts_do_not(data
         assert (model.config.text_config.moe is None) == (form == "dense")
         figures[form] = AnswerLoss()(model, batch)[2]["answers"].item()
     assert figures["copies"] == pytest.approx(figures["dense"], rel=1e-4)
-    assert abs(figures["random"] - figures["dense"]) > 1e-3 * figures["dense"]
+    assert abs(figures["random"] - figures["dense"]) > 3e-4 * figures["dense"]
     before = weights(start)
     for form in ("copies", "random"):  # all else is the dense model's, and routers depend on the seed alone
         mine = weights(order.in_form(start, form, 0))

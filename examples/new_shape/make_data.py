@@ -1,8 +1,8 @@
 """Pictures of a shape that gm-tiny has never seen, with questions: training data in LLaVA's format.
 
-    python examples/new_shape/make_data.py hearts
+    python examples/new_shape/make_data.py rings
 
-writes ``hearts/train.jsonl`` and its images, to learn from, and ``hearts/test.jsonl`` with images of its own. Half of
+writes ``rings/train.jsonl`` and its images, to learn from, and ``rings/test.jsonl`` with images of its own. Half of
 the training rows are scenes of gm-tiny's old shapes: what is not rehearsed is forgotten.
 """
 
@@ -24,35 +24,26 @@ from phrasings import PHRASINGS, TRAINING_MIX
 from questions import Question, as_typed, questions_for
 from scenes import Object, Scene, render, sample_scene, scene_rng
 
-SHAPE = "heart"
+SHAPE = "ring"
 SPELLINGS = {"a": f"a {SHAPE}", "no": SHAPE}  # the slots of a question whether there is one
 OBJECTS = 2  # at most, in a scene
 TRAIN, TEST = 2400, 250  # rows
 TURNS = 5  # questions of a training row
-NAMED = 3  # of them, at most, that ask for a heart where there is one
+NAMED = 3  # of them, at most, that are answered with shapes: with a ring where there is one
 SMALLEST = 16.0  # pixels across, as for gm-tiny's stars and crosses
+HOLE = 0.56  # of the width
+CORNERS = 48
 
 
-class Heart(Object):
-    """An object with another outline."""
+class Ring(Object):
+    """An object with an outline of its own: once around outside, and back inside."""
 
     def outline(self) -> list[tuple[float, float]]:
         """Corner points in image pixels."""
-        turn = math.radians(self.angle)
-        cos, sin = math.cos(turn), math.sin(turn)
-        points = [(u * self.width, v * self.height) for u, v in HEART]
-        return [(self.x + u * cos - v * sin, self.y + u * sin + v * cos) for u, v in points]
-
-
-def _heart(corners: int = 48) -> list[tuple[float, float]]:
-    """The well-known curve in sines and cosines, in a box from -0.5 to 0.5."""
-    turns = [2 * math.pi * corner / corners for corner in range(corners)]
-    xs = [16 * math.sin(t) ** 3 for t in turns]
-    ys = [-13 * math.cos(t) + 5 * math.cos(2 * t) + 2 * math.cos(3 * t) + math.cos(4 * t) for t in turns]
-    return [(x / 32, (y - (max(ys) + min(ys)) / 2) / (max(ys) - min(ys))) for x, y in zip(xs, ys, strict=True)]
-
-
-HEART = _heart()
+        turns = [2 * math.pi * corner / CORNERS for corner in range(CORNERS + 1)]
+        around = [(math.cos(turn), math.sin(turn)) for turn in turns]
+        points = [(x / 2, y / 2) for x, y in around] + [(x * HOLE / 2, y * HOLE / 2) for x, y in reversed(around)]
+        return [(self.x + x * self.width, self.y + y * self.height) for x, y in points]
 
 
 def old_scene(rng: random.Random) -> Scene:
@@ -63,7 +54,7 @@ def old_scene(rng: random.Random) -> Scene:
 
 
 def new_scene(rng: random.Random) -> Scene:
-    """The same with a heart in the place of an object that is large enough."""
+    """The same with a ring in the place of an object that is large enough."""
     while True:
         scene = old_scene(rng)
         index = rng.randrange(len(scene.objects))
@@ -71,41 +62,41 @@ def new_scene(rng: random.Random) -> Scene:
         size = min(old.width, old.height)
         if size < SMALLEST:
             continue
-        heart = Heart(**{**dataclasses.asdict(old), "shape": SHAPE, "width": size, "height": size})
-        objects = (*scene.objects[:index], heart, *scene.objects[index + 1 :])
+        ring = Ring(**{**dataclasses.asdict(old), "shape": SHAPE, "width": size, "height": size})
+        objects = (*scene.objects[:index], ring, *scene.objects[index + 1 :])
         return dataclasses.replace(scene, objects=objects)
 
 
 def training_row(index: int) -> tuple[Scene, list[Question]]:
-    """Every other row has a heart, and questions whose answers name it come first to mind there."""
+    """A scene with some questions about what shapes there are, and some of any kind; every other scene has a ring."""
     rng = scene_rng("new shape", 0, index)
-    has_heart = index % 2 == 0
-    scene = (new_scene if has_heart else old_scene)(rng)
-    found = naming(scene, rng)[:NAMED] if has_heart else []
+    has_ring = index % 2 == 0
+    scene = (new_scene if has_ring else old_scene)(rng)
+    found = naming(scene, rng, SHAPE if has_ring else "")[:NAMED]
     if rng.random() < 0.5:
         form, answers = rng.choice((("present", ("no", "yes")), ("absent", ("yes", "no"))))
-        found.append((rng.choice(PHRASINGS[form]).format(**SPELLINGS), answers[has_heart], form))
+        found.append((rng.choice(PHRASINGS[form]).format(**SPELLINGS), answers[has_ring], form))
     found += questions_for(scene, rng, TURNS - len(found))
     rng.shuffle(found)
     unlike = {question: (as_typed(question, rng), answer, kind) for question, answer, kind in found}
     return scene, list(unlike.values())
 
 
-def naming(scene: Scene, rng: random.Random) -> list[Question]:
-    """Questions whose answer is or names the new shape."""
-    return [question for question in questions_for(scene, rng, 8, NAMING) if SHAPE in question[1]]
+def naming(scene: Scene, rng: random.Random, word: str) -> list[Question]:
+    """Questions that are answered with shapes, this one among them."""
+    return [question for question in questions_for(scene, rng, 8, NAMING) if word in question[1]]
 
 
 def test_row(index: int) -> tuple[Scene, list[Question]]:
-    """A heart, and one question whose answer names it."""
+    """A ring, and one question whose answer names it."""
     rng = scene_rng("new shape, held out", 0, index)
     while True:
         scene = new_scene(rng)
-        if found := naming(scene, rng):
+        if found := naming(scene, rng, SHAPE):
             return scene, found[:1]
 
 
-NAMING = {kind: TRAINING_MIX[kind] for kind in ("shape", "at", "next", "describe")}
+NAMING = {kind: TRAINING_MIX[kind] for kind in ("shape", "at", "describe")}
 PARTS = {"train": (training_row, TRAIN), "test": (test_row, TEST)}
 
 
@@ -118,7 +109,7 @@ def write_part(folder: Path, name: str) -> None:
     for index in range(count):
         scene, asked = make(index)
         Image.fromarray(render(scene)).save(images / f"{index}.png")
-        turns = []
+        turns: list[dict[str, str]] = []
         for question, answer, _ in asked:
             image = "" if turns else "<image>\n"
             turns += [{"from": "human", "value": image + question}, {"from": "gpt", "value": answer}]

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Teach gm-tiny a shape that it has never seen, and measure what it learnt and what it forgot.
 
-    python examples/new_shape/run.py --out runs/heart --easy-vqa easy_vqa.tar.gz
+    python examples/new_shape/run.py --out runs/ring --easy-vqa easy_vqa.tar.gz
 
 The commands that it runs are printed, and are what a user would type: `gm-mlx lora` on 4-bit experts, `gm-mlx fuse`
-with and without packing again, and `gm-mlx convert` for llama.cpp. Every form of the model is then asked about hearts
+with and without packing again, and `gm-mlx convert` for llama.cpp. Every form of the model is then asked about rings
 in pictures of their own, and easy-VQA's questions about the old shapes. An answer counts when it is right to the
 letter.
 """
@@ -67,7 +67,7 @@ def learn(data: Path, out: Path) -> float:
 
 def make_forms(out: Path) -> dict[str, Form]:
     """All forms of the model with the adapter in ``out``, the model without it first."""
-    adapter, packed, floats, file = (out / name for name in ("heart", "fused", "fused-floats", "heart.gguf"))
+    adapter, packed, floats, file = (out / name for name in ("ring", "fused", "fused-floats", "ring.gguf"))
     command("fuse", BASE, adapter, "-o", packed)
     command("fuse", BASE, adapter, "-o", floats, "--dequantize")
     command("convert", adapter, "--to", "gguf-lora", "--base", BASE_GGUF, "-o", file)
@@ -106,7 +106,7 @@ def answers(form: Form, asked: Sequence[Asked]) -> list[str]:
     return greedy_answers(model, processor, [one.question for one in asked], list(pixels))
 
 
-def hearts(data: Path) -> list[Asked]:
+def new_shapes(data: Path) -> list[Asked]:
     """The test rows of ``make_data.py``."""
     rows = [json.loads(line) for line in (data / "test.jsonl").read_text().splitlines()]
     turns = [[turn["value"].removeprefix("<image>\n") for turn in row["conversations"]] for row in rows]
@@ -136,11 +136,11 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="so many of easy-VQA's questions, evenly spread; all by default")
     arguments = parser.parse_args()
     write_data(arguments.out / "data")
-    seconds = learn(arguments.out / "data" / "train.jsonl", arguments.out / "heart")
+    seconds = learn(arguments.out / "data" / "train.jsonl", arguments.out / "ring")
     forms = make_forms(arguments.out)
-    new = hearts(arguments.out / "data")
+    new = new_shapes(arguments.out / "data")
     old = old_shapes(arguments.easy_vqa, arguments.split or None, arguments.limit)
-    print(f"\n`gm-mlx lora` took {seconds:.0f} s. {len(new)} questions about hearts, {len(old)} of easy-VQA.\n")
+    print(f"\n`gm-mlx lora` took {seconds:.0f} s. {len(new)} questions about rings, {len(old)} of easy-VQA.\n")
     asked = [*new, *old]
     given = {name: answers(form, asked) for name, form in forms.items()}
     right = [one.answer for one in asked]
@@ -149,7 +149,7 @@ def main() -> None:
         figures = [(mine[: len(new)], right[: len(new)]), (mine[len(new) :], right[len(new) :])]
         figures.append((mine, given["with the adapter"]))
         rows.append((name, [share(share_of_same(*pair)) for pair in figures]))
-    print(markdown(["", "hearts", "easy-VQA", "as with the adapter"], rows), end="")
+    print(markdown(["", "rings", "easy-VQA", "as with the adapter"], rows), end="")
 
 
 if __name__ == "__main__":

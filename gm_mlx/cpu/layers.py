@@ -22,10 +22,8 @@ from gm_mlx.vision import Attention as TowerAttention
 
 
 class FastLinear(nn.Linear):
-    """A linear that is one function while it is trained, or LoRA on it is; MLX multiplies in any case."""
-
     def __call__(self, x: mx.array) -> mx.array:
-        y = linear(x, self) if self.training else None
+        y = linear(x, self)
         return super().__call__(x) if y is None else y
 
 

@@ -17,7 +17,7 @@ WORTH = 2**19
 # Weights that a core unpacks at a time: what of its 2 MB of float32 the core's own cache loses, the shared one keeps.
 BLOCK = 2**19
 # Columns of a piece, where the product goes along rows.
-COLUMNS = 512
+COLUMNS = 256
 
 # The fewest codes that fill whole bytes, by their bits.
 CODES_PER_UNIT = {2: 4, 3: 8, 4: 2, 5: 8, 6: 4, 8: 1}
@@ -138,29 +138,40 @@ class Matrix(NamedTuple):
 
 
 class FloatMatrix(NamedTuple):
-    """A matrix as it is, float32 [out, in]. MLX multiplies with it as fast as BLAS can."""
+    """A matrix as it is, float32 [out, in]. MLX's products spread over cores too, but less well than pieces do."""
 
-    weight: mx.array
+    weight: np.ndarray
 
     @classmethod
     def of(cls, layer: nn.Module, expert: int | None = None) -> FloatMatrix:
         """The matrix of a layer, or one of the matrices of a ``SwitchLinear``."""
-        if expert is None:
-            return cls(layer.weight)
-        count = layer.weight.shape[1]
-        return cls(layer.weight.flatten(0, 1)[expert * count : (expert + 1) * count])  # weight[expert] would be a copy
+        return cls(np.asarray(layer.weight)[... if expert is None else expert])
 
     def times(self, x: np.ndarray) -> np.ndarray:
         """The products [T, out] of x [T, in] with every row: x W^T."""
-        return np.asarray(mx.array(x) @ self.weight.T)
+        return product(x, self.weight.T)
 
     def back(self, dy: np.ndarray) -> np.ndarray:
         """The products [T, in] of dy [T, out] with every column: dy W, the gradient of ``times``."""
-        return np.asarray(mx.array(dy) @ self.weight)
+        return product(dy, self.weight)
 
     def of_weight(self, dy: np.ndarray, x: np.ndarray) -> np.ndarray:
         """dy^T x [out, in], the gradient of the matrix."""
-        return np.asarray(mx.array(dy).T @ mx.array(x))
+        return product(dy.T, x)
+
+
+def product(x: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """x w, each core taking some columns."""
+    y = np.empty((x.shape[0], w.shape[1]), np.float32)
+    step = max(1, min(COLUMNS, -(-w.shape[1] // CORES)))
+
+    def work(starts: Iterator[int]) -> None:
+        for start in starts:
+            piece = slice(start, start + step)
+            np.matmul(x, w[:, piece], out=y[:, piece])
+
+    spread(work, range(0, w.shape[1], step))
+    return y
 
 
 QUANTIZED = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)
