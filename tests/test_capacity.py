@@ -15,10 +15,9 @@ from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 from torch_reference import TEXT, NaiveMoE, copy_weights, randomise, relative_error, weights
 
-from gm_mlx import cpu
 from gm_mlx.capacity import Capacity, set_capacity
 from gm_mlx.config import MoEConfig
-from gm_mlx.cpu import speed_up
+from gm_mlx.cpu import networks, speed_up
 from gm_mlx.errors import UserError
 from gm_mlx.moe import SparseMLP, set_gumbel
 from gm_mlx.router import Positions, Routing, choose, load_balancing_loss, weigh
@@ -281,9 +280,11 @@ def test_fast_experts_leave_out_what_was_dropped(monkeypatch: pytest.MonkeyPatch
         nn.quantize(layer, group_size=32, bits=4)
         set_capacity(layer, Capacity(0.4, by="priority"))
     speed_up(layers[1])
-    network = cpu.glu_network
-    monkeypatch.setattr(cpu, "WORTH", 0)
-    monkeypatch.setattr(cpu, "glu_network", lambda x, *expert: (rows.append(len(x)), network(x, *expert))[1])
+    forward = networks.Network.forward
+    monkeypatch.setattr(networks, "pays", lambda *_: True)
+    monkeypatch.setattr(
+        networks.Network, "forward", lambda net, x, keep: (rows.append(len(x)), forward(net, x, keep))[1]
+    )
     x, trace = mx.array(tokens(2, 40)), []
     stock, fast = (mx.value_and_grad(lambda x, m=m: m(x, trace).square().sum())(x) for m in layers)
     for ours, theirs in zip(fast, stock, strict=True):
