@@ -32,7 +32,7 @@ def write_rows(easy: EasyVQA, folder: Path) -> int:
     rng, lines = random.Random(0), []
     for image, found in asked.items():
         Image.fromarray(easy.images[image]).save(folder / "images" / f"{image}.png")
-        turns = []
+        turns: list[dict[str, str]] = []
         for question, answer in rng.sample(found, min(TURNS, len(found))):
             slot = "" if turns else "<image>\n"
             turns += [{"from": "human", "value": slot + question}, {"from": "gpt", "value": answer}]

@@ -41,7 +41,7 @@ BASE = "gm-tiny"
 BASE_GGUF = built_in(BUILT_IN_GGUF) / "model.gguf"
 # llama.cpp has LoRA for the decoder and for nothing else, so the adapter is on the decoder and on nothing else.
 TARGETS = ("attention", "dense_ffn", "experts")
-SETTINGS = ["--rank", "8", "--learning-rate", "3e-3", "--steps", "400", "--batch-size", "8", "--hold-out", "0"]
+SETTINGS = ["--rank", "16", "--learning-rate", "2.5e-3", "--steps", "600", "--batch-size", "8", "--hold-out", "0"]
 
 
 class Asked(NamedTuple):

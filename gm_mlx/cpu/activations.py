@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from gm_mlx.cpu.cores import is_known, numpy_function, spread
+from gm_mlx.cpu.cores import is_known, numpy_function, recomputed, spread
 from gm_mlx.moe import GLU
 
 # Numbers per call: with its temporaries, what fits a core's own cache.
@@ -87,7 +87,7 @@ NUMPY_ACTIVATIONS: dict[Activation, tuple[Function, Function]] = {
 
 
 class FastActivation:
-    """One of ``NUMPY_ACTIVATIONS``, on all cores."""
+    """One of ``NUMPY_ACTIVATIONS``, on all cores; or another, of which no steps are kept for the gradient."""
 
     def __init__(self, activation: Activation) -> None:
         self.activation = activation
@@ -95,6 +95,8 @@ class FastActivation:
     def __call__(self, x: mx.array) -> mx.array:
         if x.size < WORTH or not is_known(x):
             return self.activation(x)
+        if self.activation not in NUMPY_ACTIVATIONS:
+            return recomputed(self.activation, x)
         value, slope = NUMPY_ACTIVATIONS[self.activation]
 
         def forward(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -24,6 +25,13 @@ Forward = Callable[..., tuple[np.ndarray, Any]]
 Backward = Callable[[np.ndarray, Any], Sequence[np.ndarray]]
 
 
+@contextmanager
+def one_core() -> Iterator[None]:
+    """Products within this block are made on the core that asks for them; with ``spread``, on all of those."""
+    with BLAS_LOCK, BLAS.limit(limits=1, user_api="blas"):
+        yield
+
+
 def spread(work: Callable[[Iterator[Any]], None], items: Iterable[Any]) -> None:
     """Run ``work`` on every core.
 
@@ -32,7 +40,7 @@ def spread(work: Callable[[Iterator[Any]], None], items: Iterable[Any]) -> None:
         items: what there is to do. Not a generator, which cannot be asked by two at a time.
     """
     shared = iter(items)
-    with BLAS_LOCK, BLAS.limit(limits=1, user_api="blas"):
+    with one_core():
         list(POOL.map(lambda _: work(shared), range(CORES)))
 
 
@@ -77,6 +85,20 @@ def numpy_function(forward: Forward, backward: Backward, *inputs: mx.array) -> m
         return found if len(found) > 1 else found[0]
 
     return call(*inputs)  # type: ignore[return-value]
+
+
+def recomputed(function: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
+    """A function of MLX's own operations, of which only the input is kept for the gradient, and not each step."""
+
+    @mx.custom_function
+    def call(x: mx.array) -> mx.array:
+        return released([function(x)])[0]
+
+    @call.vjp
+    def of_input(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
+        return released(mx.vjp(function, [x], [cotangent])[1])[0]
+
+    return call(x)  # type: ignore[return-value]
 
 
 def released(arrays: Sequence[mx.array]) -> list[mx.array]:

@@ -6,6 +6,8 @@ less. Which tokens an expert has is asked once, and then it multiplies all of th
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import mlx.core as mx
 import numpy as np
 
@@ -53,21 +55,19 @@ class FastQuantizedSwitchLinear(QuantizedSwitchLinear):
             return super().__call__(x, indices, sorted_indices)
         chosen = np.asarray(indices).reshape(-1)
 
-        def forward(x: np.ndarray) -> tuple[np.ndarray, None]:
-            y = np.empty((len(chosen), self.output_dims), np.float32)
-            rows = x.reshape(len(chosen), -1)
+        def by_expert(way: Callable[[Matrix, np.ndarray], np.ndarray], x: np.ndarray, size: int) -> np.ndarray:
+            """Products [..., n, size] of x [..., n, in] with the matrices of the experts."""
+            rows = x.reshape(len(chosen), *x.shape[-2:])
+            y = np.empty((*rows.shape[:-1], size), np.float32)
             for expert in np.unique(chosen):
-                tokens = chosen == expert
-                y[tokens] = Matrix.of(self, expert).times(rows[tokens])
-            return y.reshape(*x.shape[:-1], -1), None
+                own = rows[chosen == expert]
+                product = way(Matrix.of(self, expert), own.reshape(-1, own.shape[-1]))
+                y[chosen == expert] = product.reshape(*own.shape[:-1], size)
+            return y.reshape(*x.shape[:-1], size)
 
-        def backward(dy: np.ndarray, _: None) -> list[np.ndarray]:
-            dx = np.empty((len(chosen), self.input_dims), np.float32)
-            rows = dy.reshape(len(chosen), -1)
-            for expert in np.unique(chosen):
-                tokens = chosen == expert
-                dx[tokens] = Matrix.of(self, expert).back(rows[tokens])
-            return [dx.reshape(*dy.shape[:-1], -1)]
-
-        y = numpy_function(forward, backward, x)
+        y = numpy_function(
+            lambda x: (by_expert(Matrix.times, x, self.output_dims), None),
+            lambda dy, _: [by_expert(Matrix.back, dy, self.input_dims)],
+            x,
+        )
         return y + self.bias[indices][..., None, :] if "bias" in self else y

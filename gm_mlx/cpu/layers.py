@@ -8,14 +8,15 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from gm_mlx._mlx_lm import QuantizedSwitchLinear, SwitchLinear
+from gm_mlx.activations import ACTIVATIONS
 from gm_mlx.cpu.activations import NUMPY_ACTIVATIONS, FastActivation, FastGLU
 from gm_mlx.cpu.attention import FastDecoderAttention, FastTowerAttention
-from gm_mlx.cpu.cores import is_known, numpy_function
+from gm_mlx.cpu.cores import is_known, numpy_function, recomputed
 from gm_mlx.cpu.experts import FastQuantizedSwitchLinear, FastSwitchLinear
 from gm_mlx.cpu.linears import linear
 from gm_mlx.cpu.networks import FastMLP, FastSparseMLP
 from gm_mlx.decoder import Attention as DecoderAttention
-from gm_mlx.decoder import Block
+from gm_mlx.decoder import Block, RMSNorm
 from gm_mlx.model import Model
 from gm_mlx.moe import GLU, MLP, SparseMLP
 from gm_mlx.vision import Attention as TowerAttention
@@ -37,6 +38,22 @@ class FastQuantizedEmbedding(nn.QuantizedEmbedding):
     def as_linear(self, x: mx.array) -> mx.array:
         y = linear(x, self)
         return super().as_linear(x) if y is None else y
+
+
+class FastRMSNorm(RMSNorm):
+    def __call__(self, x: mx.array) -> mx.array:
+        return recomputed(super().__call__, x) if _is_kept(self, x) else super().__call__(x)
+
+
+class FastRoPE(nn.RoPE):
+    def __call__(self, x: mx.array, offset: int = 0) -> mx.array:
+        turn = super().__call__
+        return recomputed(lambda x: turn(x, offset=offset), x) if _is_kept(self, x) else turn(x, offset=offset)
+
+
+def _is_kept(layer: nn.Module, x: mx.array) -> bool:
+    """Whether MLX would keep the steps of a frozen layer: five arrays like x of a norm, and as many of positions."""
+    return layer.training and not layer.trainable_parameters() and is_known(x)
 
 
 class FastBlock(Block):
@@ -62,6 +79,8 @@ FAST_LAYERS: dict[type, type] = {
     SwitchLinear: FastSwitchLinear,
     MLP: FastMLP,
     SparseMLP: FastSparseMLP,
+    RMSNorm: FastRMSNorm,
+    nn.RoPE: FastRoPE,
     Block: FastBlock,
     DecoderAttention: FastDecoderAttention,
     TowerAttention: FastTowerAttention,
@@ -79,7 +98,8 @@ def speed_up(model: nn.Module) -> None:
     Parameters keep their names and values: a model that was sped up is saved as the same file.
 
     Args:
-        model: any module; each layer of ``FAST_LAYERS`` and each activation in it is affected.
+        model: any module; each layer of ``FAST_LAYERS`` and each activation in it is affected. LoRA that is put on it
+            before or afterwards is fast, too.
     """
     if mx.default_device().type != mx.DeviceType.cpu:
         return
@@ -89,5 +109,5 @@ def speed_up(model: nn.Module) -> None:
         activation: Any = getattr(module, "activation", None)
         if type(activation) is GLU and activation.activation in NUMPY_ACTIVATIONS:
             module.activation = FastGLU(activation)
-        elif activation in NUMPY_ACTIVATIONS:
+        elif activation in ACTIVATIONS.values():
             module.activation = FastActivation(activation)

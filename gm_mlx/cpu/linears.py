@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from gm_mlx.cpu.cores import numpy_function, spread
+from gm_mlx.cpu.cores import numpy_function, one_core, spread
 from gm_mlx.cpu.matrix import FloatMatrix, Matrix, is_readable, matrix_of, pays
 
 # Numbers of a sum at a time.
@@ -73,10 +73,11 @@ class Linear(NamedTuple):
 
     def times(self, x: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
         """[T, out] of x [T, in], and what ``back`` needs: scale * x A^T of each adapter, [T, r]."""
-        y, lows = self.matrix.times(x), []
-        for a, b, scale in zip(self.factors[::2], self.factors[1::2], self.scales, strict=True):
-            lows.append(x @ (scale * a).T)
-            add_product(y, lows[-1], b.T)
+        y = self.matrix.times(x)
+        with one_core():  # too little for all of them
+            lows = [x @ (scale * a).T for a, scale in zip(self.factors[::2], self.scales, strict=True)]
+        for low, b in zip(lows, self.factors[1::2], strict=True):
+            add_product(y, low, b.T)
         return y, lows
 
     def back(self, dy: np.ndarray, x: np.ndarray, lows: list[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -85,9 +86,11 @@ class Linear(NamedTuple):
         if self.trained:
             assert isinstance(self.matrix, FloatMatrix)
             found.append(self.matrix.of_weight(dy, x))
-        for a, b, scale, low in zip(self.factors[::2], self.factors[1::2], self.scales, lows, strict=True):
-            of_low = scale * (dy @ b)  # [T, r]
-            found += [of_low.T @ x, dy.T @ low]
+        with one_core():
+            of_lows = [scale * (dy @ b) for b, scale in zip(self.factors[1::2], self.scales, strict=True)]  # [T, r]
+            for low, of_low in zip(lows, of_lows, strict=True):
+                found += [of_low.T @ x, dy.T @ low]
+        for of_low, a in zip(of_lows, self.factors[::2], strict=True):
             add_product(dx, of_low, a)
         return dx, found
 
