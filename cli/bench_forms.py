@@ -79,13 +79,13 @@ def made_forms(
 
 def _check_gguf(config: ModelConfig, names: Sequence[str]) -> None:
     """Refuse types of llama.cpp for a decoder that it does not have, before anything is written."""
-    from gm_mlx.convert.to_gguf.text import check_expressible
+    from gm_mlx.convert.to_gguf.text import find_architecture
 
     recipes = [name for name in names if _is_recipe(name)]
     if len(recipes) == len(names):
         return
     try:
-        check_expressible(config.text_config)
+        find_architecture(config.text_config)
     except UserError as error:
         raise UserError(f"{error}: name recipes only, such as --quantize {','.join(recipes) or 'q4'}") from None
 

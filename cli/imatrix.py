@@ -35,7 +35,7 @@ def imatrix(
     # Heavy imports only now: a misspelt option is told at once.
     from gm_mlx.config import ModelConfig
     from gm_mlx.convert.to_gguf.imatrix import check_imatrix_out, matrix_from_sums, write_imatrix
-    from gm_mlx.convert.to_gguf.text import check_expressible
+    from gm_mlx.convert.to_gguf.text import find_architecture
     from gm_mlx.hub import find_model
     from gm_mlx.processor import Processor
     from gm_mlx.quant.importance import measure_importance
@@ -45,7 +45,7 @@ def imatrix(
     check_imatrix_out(out, force=force)
     folder = find_model(model)
     config = ModelConfig.load(folder)
-    check_expressible(config.text_config)
+    find_architecture(config.text_config)  # refuses what no file can hold
     read = load_samples(calibration, samples)
     progress = Progress()
     with progress.waiting("load"):

@@ -114,10 +114,9 @@ def train(
     """
     options = Options.of(locals())
     # Heavy imports only now: a misspelt option is told at once.
-    import mlx.core as mx
-
     from gm_mlx.config import ModelConfig
     from gm_mlx.train.losses import AnswerLoss
+    from gm_mlx.train.ranks import Ranks
     from gm_mlx.train.recipes import read_recipe
     from gm_mlx.train.run_folder import check_places, fingerprint
     from gm_mlx.train.stage_model import Start
@@ -141,7 +140,7 @@ def train(
         if is_first():
             note(f"{name} has experts already; they are trained, and no new ones are made")
     context = ModelConfig.load(base).text_config.max_position_embeddings
-    options = _with_recipe(options, chosen, context, mx.distributed.init().size())
+    options = _with_recipe(options, chosen, context, Ranks().size)
     prepared = read_data(options, start.processor, context)
     plan, rows_of_step = planned(options, len(prepared.train))
     fixed = {key: chosen.hyperparameters[key] for key in NO_OPTION if key in chosen.hyperparameters}

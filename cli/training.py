@@ -32,6 +32,10 @@ EPOCHS = 3.0
 VALIDATIONS = 5  # in a run
 POINTS = 20  # that a curve has at least, if there are as many steps
 LISTED = 20  # bad rows that a terminal shows
+NOT_GGUF = (
+    "is for llama.cpp, which does not train; name the model folder that it was made from, and use the adapter with it "
+    "after gm-mlx convert ADAPTER --to gguf-lora"
+)
 
 
 class Learning(NamedTuple):
@@ -64,9 +68,9 @@ class Outcome:
 
 def is_first() -> bool:
     """Whether this process is the one that writes and speaks."""
-    import mlx.core as mx
+    from gm_mlx.train.ranks import Ranks
 
-    return mx.distributed.init().rank() == 0
+    return Ranks().rank == 0
 
 
 def find_base(name: str | None) -> tuple[Path, str]:
@@ -78,10 +82,10 @@ def find_base(name: str | None) -> tuple[Path, str]:
     from gm_mlx.hub import BUILT_IN, find_model
 
     if name is not None and name.endswith(".gguf"):
-        raise UserError(f"{name}: {_not_gguf()}")
+        raise UserError(f"{name}: {NOT_GGUF}")
     folder = find_model(name)
     if not (folder / "config.json").is_file() and any(folder.glob("*.gguf")):
-        raise UserError(f"{name}: {_not_gguf()}")
+        raise UserError(f"{name}: {NOT_GGUF}")
     if name is None or name == BUILT_IN:
         return folder, BUILT_IN
     return folder, folder.resolve().name if Path(name).expanduser().is_dir() else name
@@ -339,10 +343,3 @@ def _wait_for_all() -> None:
     import mlx.core as mx
 
     mx.eval(mx.distributed.all_sum(mx.array(1.0)))
-
-
-def _not_gguf() -> str:
-    return (
-        "is for llama.cpp, which does not train; name the model folder that it was made from, and use the adapter with "
-        "it after gm-mlx convert ADAPTER --to gguf-lora"
-    )

@@ -19,7 +19,7 @@ from gm_mlx.train.config import TrainConfig
 BATCH_SIZE = 8
 MAX_LENGTH = 2048  # LLaVA's model_max_length
 # TrainConfig's keys whose options have other names.
-OPTIONS = {"checkpoint": "--grad-checkpoint"}
+RENAMED = {"checkpoint": "grad_checkpoint"}
 
 Model = Annotated[
     str | None,
@@ -199,15 +199,12 @@ class Options:
         Raises:
             UserError: one is not possible; the message names its option.
         """
-        given = {
-            field.name: getattr(self, {"checkpoint": "grad_checkpoint"}.get(field.name, field.name), None)
-            for field in fields(TrainConfig)
-        }
+        given = {field.name: getattr(self, RENAMED.get(field.name, field.name), None) for field in fields(TrainConfig)}
         try:
             return TrainConfig(**{key: value for key, value in {**given, **more}.items() if value is not None})
         except UserError as error:
             key, _, reason = str(error).partition(":")
-            raise UserError(f"{OPTIONS.get(key) or '--' + key.replace('_', '-')}:{reason}") from None
+            raise UserError(f"--{RENAMED.get(key, key).replace('_', '-')}:{reason}") from None
 
     def _check_hold_out(self) -> None:
         try:

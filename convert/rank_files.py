@@ -27,8 +27,7 @@ def read_ranks(file: Path) -> dict[bytes, int]:
     Raises:
         UserError: the file is not a sound rank file; the message names the line.
     """
-    if file.stat().st_size > MOST_BYTES:
-        raise UserError(f"{file}: larger than {MOST_BYTES >> 20} MB, so no rank file; fetch it again")
+    bounded(file, "rank file")
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
         if not line.strip():
@@ -43,6 +42,13 @@ def read_ranks(file: Path) -> dict[bytes, int]:
     if missing is not None:
         raise UserError(f"{file}: the byte {missing:#04x} is no token, so not all text can be read; fetch it again")
     return ranks
+
+
+def bounded(file: Path, what: str = "tokenizer's file") -> Path:
+    """A file, if it is not too large for what it is said to be."""
+    if file.is_file() and file.stat().st_size > MOST_BYTES:
+        raise UserError(f"{file}: larger than {MOST_BYTES >> 20} MB, so no {what}; fetch it again")
+    return file
 
 
 def _entry(file: Path, number: int, line: bytes) -> tuple[bytes, int]:

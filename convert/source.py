@@ -10,13 +10,11 @@ from gm_mlx.chat_template import TEMPLATES
 from gm_mlx.config import MODEL_TYPE, ModelConfig
 from gm_mlx.convert.translate import Translation
 from gm_mlx.errors import UserError
-from gm_mlx.folder import read_model_folder
+from gm_mlx.folder import STALE, read_model_folder
 from gm_mlx.processor import Processor
 from gm_mlx.weights import weight_files
 
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")  # they go wherever the weights go
-# What gm.json says about the old files and their answers only.
-STALE = ("sha256", "exact_match", "exact_match_before_quantization", "notes")
 
 
 def is_model_folder(folder: Path) -> bool:

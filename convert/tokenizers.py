@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gm_mlx.convert.rank_files import MOST_BYTES, merges, read_ranks
+from gm_mlx.convert.rank_files import bounded, merges, read_ranks
 from gm_mlx.convert.values import Values
 from gm_mlx.errors import UserError
 from gm_mlx.tokenizer import BYTE_OF_CHAR
@@ -207,7 +207,7 @@ def _vocabulary(file: Path) -> dict[str, int]:
 
 
 def _merges(file: Path, tokens: Mapping[str, int]) -> list[str]:
-    lines = _bounded(file).read_bytes().decode("utf-8", errors="replace").split("\n")
+    lines = bounded(file).read_bytes().decode("utf-8", errors="replace").split("\n")
     pairs: dict[str, None] = {}
     for number, line in enumerate(lines, 1):
         line = line.rstrip("\r")
@@ -275,10 +275,4 @@ def _names(folder: Path) -> dict[str, str]:
 
 def _table(file: Path) -> Values:
     """A JSON object; an empty one if there is no such file."""
-    return Values.read(_bounded(file))
-
-
-def _bounded(file: Path) -> Path:
-    if file.is_file() and file.stat().st_size > MOST_BYTES:
-        raise UserError(f"{file}: larger than {MOST_BYTES >> 20} MB, so no tokenizer's file; fetch it again")
-    return file
+    return Values.read(bounded(file))

@@ -6,6 +6,7 @@ where the table says so, appended to its file and dropped; in memory at a time a
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,8 @@ from gm_mlx.weights import (
 )
 
 MAX_SHARD_BYTES = 5 << 30
+# What gm.json says of the old weights and their answers only: no longer true of what is made of them.
+STALE = ("sha256", "exact_match", "exact_match_before_quantization", "notes")
 
 
 def read_model_folder(folder: Path) -> dict[str, Tensor]:
@@ -49,6 +52,24 @@ def read_model_folder(folder: Path) -> dict[str, Tensor]:
     tensors = open_safetensors(weight_files(folder))
     unread_model(config, tensors, folder)
     return tensors
+
+
+def read_notes(folder: Path) -> dict[str, Any]:
+    """A model folder's ``gm.json``; nothing if it has none.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    file = folder / "gm.json"
+    try:
+        notes = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file}: cannot be read ({error}); convert the model again") from None
+    if not isinstance(notes, dict):
+        raise UserError(f"{file}: not a JSON object; convert the model again")
+    return notes
 
 
 def write_model_folder(

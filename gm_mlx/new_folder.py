@@ -94,7 +94,7 @@ def new_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
         lock = _lock(partial)
         yield partial
         for path in [*partial.iterdir(), partial]:
-            _sync(path)
+            sync(path)
         _move(partial, out, force)
     except OSError as error:
         reason = REASONS.get(error.errno or 0, f"cannot be written ({error.strerror or error}); write elsewhere")
@@ -113,7 +113,7 @@ def _move(partial: Path, out: Path, force: bool) -> None:
             lock = _lock(out)
             out.rename(aside)
         partial.rename(out)
-        _sync(out.parent)
+        sync(out.parent)
     except BaseException:
         if aside.exists() and not os.path.lexists(out):
             aside.rename(out)
@@ -166,7 +166,7 @@ def _is_model(folder: Path) -> bool:
         return False
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Wait until a file, or a folder's list of files, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -6,7 +6,6 @@ weights are packed, one after the other, when the result is measured in memory o
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,7 +17,7 @@ import mlx.core as mx
 
 from gm_mlx.config import ModelConfig
 from gm_mlx.errors import UserError
-from gm_mlx.folder import read_model_folder, write_model_folder
+from gm_mlx.folder import read_model_folder, read_notes, write_model_folder
 from gm_mlx.model import Model
 from gm_mlx.processor import Processor
 from gm_mlx.quant.awq import awq_scale
@@ -62,15 +61,7 @@ class Source:
     @property
     def notes(self) -> dict[str, Any]:
         """The folder's ``gm.json``."""
-        try:
-            notes = json.loads((self.folder / "gm.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.folder / 'gm.json'}: cannot be read ({error}); convert the model again") from None
-        if not isinstance(notes, dict):
-            raise UserError(f"{self.folder / 'gm.json'}: not a JSON object; convert the model again")
-        return notes
+        return read_notes(self.folder)
 
     @property
     def gm(self) -> dict[str, Any]:

@@ -38,6 +38,14 @@ def layer_matrices(text: TextConfig, i: int, theirs: str, sparse: bool) -> dict[
     }
 
 
+def matrix_names(text: TextConfig, first: int = 0) -> dict[str, str]:
+    """The name of each linear of the decoder's layers, by our path of it; layer 0 is ``blk.<first>``."""
+    names: dict[str, str] = {}
+    for i in range(text.num_hidden_layers):
+        names |= layer_matrices(text, i, f"blk.{i + first}", i in text.sparse_layers)
+    return names
+
+
 def linear(name: str, tensors: Mapping[str, Tensor], path: str) -> list[Piece]:
     """Weight of a linear layer, ours by its path, and its bias if it has one."""
     bias = tensors.get(f"{path}.bias")

@@ -48,7 +48,6 @@ from gm_mlx.convert.to_gguf.blocks import (
     ZERO_WIDTH,
     expert_keys,
     expert_width,
-    layer_matrices,
     norm,
     norm_weights,
     router,
@@ -66,14 +65,6 @@ WINDOW = 32  # positions that layer 0 looks back
 def residual_scale(text: TextConfig) -> float:
     """A: how many times as long the residual stream of a re-expressed model is."""
     return math.sqrt(EPS / text.rms_norm_eps)
-
-
-def matrix_names(text: TextConfig) -> dict[str, str]:
-    """The name of each linear of the decoder's layers, by our path of it; the layer that only scales comes first."""
-    names: dict[str, str] = {}
-    for i in range(text.num_hidden_layers):
-        names |= layer_matrices(text, i, f"blk.{i + 1}", i in text.sparse_layers)
-    return names
 
 
 def zero_matrices(text: TextConfig) -> Iterator[tuple[str, int]]:

@@ -24,7 +24,6 @@ from gm_mlx.convert.to_gguf.blocks import (
     HEAD,
     LAST_NORM,
     LAYERS,
-    layer_matrices,
     linear,
     network_of,
     norm,
@@ -95,14 +94,6 @@ def native_model(arch: str, text: TextConfig, tensors: Mapping[str, Tensor]) -> 
         EPS_KEYS[text.norm]: text.rms_norm_eps,
     }
     return GGUFModel(arch, metadata, pieces)
-
-
-def matrix_names(text: TextConfig) -> dict[str, str]:
-    """The name of each linear of the decoder's layers, by our path of it."""
-    names: dict[str, str] = {}
-    for i in range(text.num_hidden_layers):
-        names |= layer_matrices(text, i, f"blk.{i}", sparse=False)
-    return names
 
 
 def neighbours(rows: Tensor, head_dim: int) -> Tensor:

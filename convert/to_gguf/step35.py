@@ -35,7 +35,6 @@ from gm_mlx.convert.to_gguf.blocks import (
     ZERO_WIDTH,
     expert_keys,
     expert_width,
-    layer_matrices,
     linear,
     norm,
     router,
@@ -46,14 +45,6 @@ from gm_mlx.tensors import Tensor
 
 SOFTMAX = 1  # of llama.cpp's functions of a router
 WINDOW = 32  # positions that the last layer looks back
-
-
-def matrix_names(text: TextConfig) -> dict[str, str]:
-    """The name of each linear of the decoder's layers, by our path of it."""
-    names: dict[str, str] = {}
-    for i in range(text.num_hidden_layers):
-        names |= layer_matrices(text, i, f"blk.{i}", i in text.sparse_layers)
-    return names
 
 
 def zero_matrices(text: TextConfig) -> Iterator[tuple[str, int]]:

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 from gm_mlx.config import ModelConfig, TextConfig
-from gm_mlx.convert.to_gguf import gemma4, native, phimoe, step35
+from gm_mlx.convert.to_gguf import blocks, gemma4, native, phimoe, step35
 from gm_mlx.convert.to_gguf.pieces import GGUFModel
 from gm_mlx.errors import UserError
 from gm_mlx.tensors import Tensor
@@ -105,7 +105,7 @@ WHOLE_HEADS = {"partial_rotary_factor": (1.0,)}
 
 def _native(name: str, takes: Mapping[str, tuple[Any, ...]], scales_inputs: bool = False) -> Architecture:
     return Architecture(
-        name, {**takes, **DENSE}, partial(native.native_model, name), native.matrix_names, scales_inputs=scales_inputs
+        name, {**takes, **DENSE}, partial(native.native_model, name), blocks.matrix_names, scales_inputs=scales_inputs
     )
 
 
@@ -115,7 +115,7 @@ ARCHITECTURES = (
         "gemma4",
         {**GEMMA, **EXPERTS, "moe.norm_topk_prob": (True,)},
         gemma4.gemma4_model,
-        gemma4.matrix_names,
+        partial(blocks.matrix_names, first=1),  # behind the layer that only scales
         gemma4.zero_matrices,
     ),
     _native("llama", {**LLAMA, **WHOLE_HEADS, "attention_bias": ("none", "all")}),
@@ -124,7 +124,7 @@ ARCHITECTURES = (
         "step35",
         {**LLAMA, **EXPERTS, "attention_bias": ("none", "qkv")},
         step35.step35_model,
-        step35.matrix_names,
+        blocks.matrix_names,
         step35.zero_matrices,
     ),
     _native("stablelm", {**STABLELM, "attention_bias": ("none", "qkv")}),
@@ -164,11 +164,6 @@ def find_architecture(text: TextConfig) -> Architecture:
             f"comes nearest, and it has {wanted} there; convert to a model folder instead"
         )
     return nearest
-
-
-def check_expressible(text: TextConfig) -> None:
-    """Refuse a decoder that no architecture can be; see ``find_architecture``."""
-    find_architecture(text)
 
 
 def text_model(config: ModelConfig, tensors: Mapping[str, Tensor], *, arch: str | None = None) -> GGUFModel:

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from gm_mlx.errors import UserError
+from gm_mlx.new_folder import sync
 from gm_mlx.safetensors_header import check_header
 from gm_mlx.train.config import TrainConfig
 from gm_mlx.train.progress import Progress
@@ -67,10 +68,10 @@ class Checkpoints:
         last: the newest one that is good; None before the first.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any] | None, config: TrainConfig) -> None:
+    def __init__(self, folder: Path, identity: Mapping[str, Any], config: TrainConfig) -> None:
         self.folder = folder
         self.last: Path | None = None
-        self._identity = as_json(identity or {})
+        self._identity = identity
         self._config = config
         for partial in folder.glob(PARTIAL.format("*")):  # of a process that was killed
             partial.unlink(missing_ok=True)
@@ -163,9 +164,9 @@ class Checkpoints:
         try:
             mx.save_safetensors(str(partial), arrays, metadata)
             check_header(partial)
-            _sync(partial)
+            sync(partial)
             os.replace(partial, path)
-            _sync(self.folder)
+            sync(self.folder)
         except (OSError, RuntimeError, UserError) as error:  # MLX has no other error than RuntimeError
             needed, free = sum(array.nbytes for array in arrays.values()), shutil.disk_usage(self.folder).free
             raise UserError(
@@ -225,12 +226,3 @@ def _step(path: Path) -> int:
 def as_json(table: Any) -> Any:
     """A table as it is when it comes out of a file."""
     return json.loads(json.dumps(table))
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of files, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

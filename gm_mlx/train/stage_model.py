@@ -7,7 +7,6 @@ tensor by tensor: the weights of a frozen tower come through three stages with a
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +22,7 @@ from gm_mlx.chat_template import PLAIN, TEMPLATES
 from gm_mlx.config import ModelConfig, MoEConfig
 from gm_mlx.errors import UserError
 from gm_mlx.evf import set_allocation
-from gm_mlx.folder import read_model_folder
+from gm_mlx.folder import STALE, read_model_folder, read_notes
 from gm_mlx.model import Model
 from gm_mlx.processor import Processor
 from gm_mlx.safetensors_writer import MLX_DTYPES
@@ -32,9 +31,6 @@ from gm_mlx.train.recipes import Stage
 from gm_mlx.train.stages import upcycle
 from gm_mlx.upcycle import upcycle as upcycle_tensors
 from gm_mlx.weights import load_model
-
-# What gm.json says of the old weights and their answers only.
-STALE = ("sha256", "exact_match", "exact_match_before_quantization", "notes")
 
 
 @dataclass(frozen=True)
@@ -117,7 +113,7 @@ class Start:
 
     def _notes(self, processor: Processor, training: Mapping[str, Any]) -> dict[str, Any]:
         """``gm.json``: the old one without what is no longer true, and how the model was trained."""
-        notes = {key: value for key, value in _read_notes(self.folder / "gm.json").items() if key not in STALE}
+        notes = {key: value for key, value in read_notes(self.folder).items() if key not in STALE}
         if "training" in notes:
             notes["trained_before"] = [*notes.get("trained_before", []), notes.pop("training")]
         if self.moe is not None:
@@ -147,15 +143,3 @@ def _with_ways(processor: Processor, stage: Stage) -> Processor:
 def _ways(processor: Processor) -> str:
     mode = "no images" if processor.image is None else f"{processor.image.mode!r}"
     return f"{processor.template.name!r} and {mode}"
-
-
-def _read_notes(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        notes = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file}: cannot be read ({error}); convert the model again") from None
-    if not isinstance(notes, dict):
-        raise UserError(f"{file}: not a JSON object; convert the model again")
-    return notes
