@@ -34,6 +34,19 @@ HF_LLAVA: Names = (
     (r"(?:model\.)?language_model\.(?:model\.)?(.*)", r"language_model.model.\1"),
 )
 
+# The other way: what a module of ours is called in the model that transformers has in memory, from version 5.12 on. It
+# is what peft, which wraps that model, calls it.
+HF_MODULES: Names = (
+    (r"vision_tower\.vision_model\.(.*)", r"model.vision_tower.\1"),
+    (r"(multi_modal_projector\..*)", r"model.\1"),
+    (r"language_model\.model\.(.*)", r"model.language_model.\1"),
+    (r"language_model\.(lm_head)", r"\1"),
+)
+PHI_MODULES: Names = (
+    (r"language_model\.model\.(.*\.self_attn)\.o_proj", r"model.language_model.\1.dense"),
+    *HF_MODULES,
+)
+
 
 def _projector(prefix: str) -> Names:
     """LLaVA's MLP and MobileVLM's LDP and LDPv2 (mobilevlm/model/vision_projector.py), by what they are called.

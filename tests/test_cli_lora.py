@@ -173,7 +173,7 @@ def test_names_of_peft(peft: bool, base: Path, data: Path, tmp_path: Path, capsy
     assert all(re.fullmatch(r"base_model\.model\..+\.lora_[AB]\.weight", name) for name in shapes)
     assert all(len(shape) == 2 for shape in shapes.values()) is peft
     if peft:
-        layer = "base_model.model.language_model.model.layers.0.mlp.experts"
+        layer = "base_model.model.model.language_model.layers.0.mlp.experts"
         assert shapes[f"{layer}.3.down_proj.lora_B.weight"] == [64, 8]
     load_adapter(load_model(base), out)
 

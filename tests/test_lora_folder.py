@@ -72,7 +72,7 @@ def test_what_is_in_the_folder(tmp_path: Path) -> None:
     assert config["peft_type"] == "LORA"
     assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (4, 6.0, 0.1)
     assert (config["use_rslora"], config["use_dora"], config["base_model_name_or_path"]) == (True, False, BASE)
-    layers = "language_model.model.layers"
+    layers = "model.language_model.layers"
     assert config["rank_pattern"] == {f"{layers}.0.mlp.switch_mlp.up_proj": 2, f"{layers}.1.mlp.up_proj": 2}
     assert config["alpha_pattern"] == {}
     assert f"{layers}.0.mlp.gate" in config["target_modules"]
@@ -98,7 +98,7 @@ def test_peft_names(tmp_path: Path) -> None:
     lora = LoRAConfig(targets=["experts"], rank_pattern={"up_proj": 2}, alpha_pattern={"down_proj": 5.0})
     folder = saved(tmp_path / "adapter", trained(model_of(), lora), peft=True)
     shapes = {name: array.shape for name, array in load_file(folder / "adapter_model.safetensors").items()}
-    prefix = "base_model.model.language_model.model.layers.0.mlp.experts"
+    prefix = "base_model.model.model.language_model.layers.0.mlp.experts"
     assert shapes[f"{prefix}.3.up_proj.lora_A.weight"] == (2, 64)
     assert len(shapes) == 3 * 4 * 2
     config = json.loads((folder / "adapter_config.json").read_text())
@@ -281,8 +281,8 @@ def test_damaged_settings(changes: dict[str, Any], message: str, tmp_path: Path)
     assert wrappers(model) == {}
 
 
-Q = "base_model.model.language_model.model.layers.0.self_attn.q_proj"
-UP = "base_model.model.language_model.model.layers.0.mlp.switch_mlp.up_proj"
+Q = "base_model.model.model.language_model.layers.0.self_attn.q_proj"
+UP = "base_model.model.model.language_model.layers.0.mlp.switch_mlp.up_proj"
 
 
 @pytest.mark.parametrize(

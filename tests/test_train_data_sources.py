@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 import sys
@@ -12,9 +13,11 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import datasets
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from training_data import data_url, images_in, llava, png, rows_of, write_lines
 
 from gm_mlx.chat_template import checked_turns
@@ -260,6 +263,30 @@ def test_a_saved_table_with_conversations(hugging_face: dict[str, Any], tmp_path
         hugging_face[str(tmp_path / "saved")] = Table([record])
         row = one_row(read(tmp_path / "saved"))
         assert row.turns == [[None, "Q"], "A"] and image_source(row.images[0]) == png(1)
+
+
+def test_tables_of_the_library_itself(tmp_path: Path) -> None:
+    """Saved to disk, with images in the files, and with a split that is asked for."""
+    pictures = [Image.open(io.BytesIO(png(n))) for n in range(3)]
+    rows = {"image": pictures, "question": ["Q0", "Q1", "Q2"], "answer": ["A", "B", "C"]}
+    table = datasets.Dataset.from_dict(rows, datasets.Features(
+        image=datasets.Image(), question=datasets.Value("string"), answer=datasets.Value("string")
+    ))  # fmt: skip
+    table.save_to_disk(tmp_path / "table")
+    datasets.DatasetDict(train=table, test=table.select([2])).save_to_disk(tmp_path / "splits")
+    for folder, split, wanted in (
+        ("table", "train", [0, 1, 2]),
+        ("splits", "train", [0, 1, 2]),
+        ("splits", "test", [2]),
+    ):
+        found = rows_of(read(tmp_path / folder, split=split))
+        assert [row.turns for row in found] == [[[None, f"Q{n}"], "ABC"[n]] for n in wanted]
+        for row, n in zip(found, wanted, strict=True):
+            source = image_source(row.images[0])
+            assert isinstance(source, bytes)
+            assert Image.open(io.BytesIO(source)).tobytes() == pictures[n].tobytes()
+    with pytest.raises(UserError, match="has no split 'val'; choose one of train, test"):
+        read(tmp_path / "splits", split="val")
 
 
 def test_without_the_library_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

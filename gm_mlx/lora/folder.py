@@ -38,6 +38,7 @@ from gm_mlx.lora.pairs import OTHER_BASE, Pair, joined, pairs_by_path
 from gm_mlx.lora.peft import LORA_CONFIG, WRAPPER, Factors, lora_alone
 from gm_mlx.model import Model
 from gm_mlx.new_folder import check_out, new_folder
+from gm_mlx.source_names import HF_MODULES, PHI_MODULES, Names, renamed
 from gm_mlx.tensors import open_safetensors
 from gm_mlx.weights import json_text
 
@@ -213,11 +214,12 @@ def save_adapter(
     }
     if not found:
         raise ValueError(f"the model has no adapter {adapter!r}")
+    called = HF_MODULES if model.config.text_config.gated else PHI_MODULES
     modules: dict[str, LowRank] = {}
     tensors: dict[str, mx.array] = {}
     for path, low in found.items():
         names = EMBEDDING_NAMES if is_embedding(path) else NAMES
-        for module, arrays in _modules(path, low, peft).items():
+        for module, arrays in _modules(path, low, called, peft).items():
             modules[module] = low
             tensors |= {f"{WRAPPER}{module}.{names[name]}": array for name, array in arrays.items()}
     config = _peft_config(modules, base)
@@ -241,12 +243,13 @@ NAMES = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "magnitude": "lor
 EMBEDDING_NAMES = {"lora_a": "lora_embedding_A", "lora_b": "lora_embedding_B"}
 
 
-def _modules(path: str, low: LowRank, peft: bool) -> dict[str, dict[str, mx.array]]:
-    """What is written of an adapter at one path, by module."""
+def _modules(path: str, low: LowRank, called: Names, peft: bool) -> dict[str, dict[str, mx.array]]:
+    """What is written of an adapter at one path, by module, with the names that peft would have for it."""
     arrays = {name: low[name] for name in NAMES if name in low}
+    module = renamed(path, called) or path
     if not peft or low.lora_a.ndim == 2:
-        return {path: arrays}
-    before, _, name = path.partition(".switch_mlp.")
+        return {module: arrays}
+    before, _, name = module.partition(".switch_mlp.")
     experts = range(low.lora_a.shape[0])
     return {f"{before}.experts.{e}.{name}": {key: array[e] for key, array in arrays.items()} for e in experts}
 
