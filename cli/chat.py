@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
-from enum import StrEnum
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gm_mlx.cli.console import Debug, Progress, checked_text, note, printable, say, stats_line, with_strength
+from gm_mlx.cli import engine_options as shared
+from gm_mlx.cli.console import Debug, Progress, checked_text, note, printable, say, stats_line
 from gm_mlx.engine import GREEDY, Sampling
 from gm_mlx.errors import UserError
 
@@ -25,33 +25,10 @@ if TYPE_CHECKING:
 CHANCE_OPTIONS = ("top_p", "top_k", "min_p", "seed")
 
 
-class KVBits(StrEnum):
-    """The choices of ``--kv-bits``."""
-
-    FOUR = "4"
-    EIGHT = "8"
-
-
 def chat(
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model",
-            "-m",
-            metavar="PATH|REPO",
-            help="A model folder, a GGUF file or a Hugging Face repository. [default: gm-tiny]",
-        ),
-    ] = None,
-    mmproj: Annotated[
-        str | None,
-        typer.Option(
-            "--mmproj", metavar="FILE", help="The vision model of a GGUF file. [default: one beside it that fits]"
-        ),
-    ] = None,
-    gguf_file: Annotated[
-        str | None,
-        typer.Option("--gguf-file", metavar="PATTERN", help="Which GGUF file of a folder or repository, as Q8_0."),
-    ] = None,
+    model: shared.Model = None,
+    mmproj: shared.MMProj = None,
+    gguf_file: shared.GGUFFile = None,
     image: Annotated[
         list[str] | None,
         typer.Option("--image", "-i", metavar="FILE", help="An image for the first question; may be repeated."),
@@ -85,9 +62,7 @@ def chat(
         float, typer.Option(metavar="R", help="Above 1 makes repetition less likely.")
     ] = GREEDY.repetition_penalty,
     seed: Annotated[int | None, typer.Option(metavar="N", help="Makes sampling repeatable.")] = None,
-    kv_bits: Annotated[
-        KVBits | None, typer.Option(help="Keep keys and values in so many bits, to save memory.")
-    ] = None,
+    kv_bits: shared.CacheBits = None,
     max_kv_size: Annotated[
         int | None, typer.Option(metavar="N", help="Keep the keys and values of so many tokens; older ones are lost.")
     ] = None,
@@ -100,33 +75,16 @@ def chat(
             "--context", metavar="N", help="Of a GGUF file: room for so many tokens. [default: grows as needed]"
         ),
     ] = None,
-    threads: Annotated[
-        int | None, typer.Option("--threads", metavar="N", help="Of a GGUF file: processors. [default: all cores]")
-    ] = None,
-    n_gpu_layers: Annotated[
-        int | None,
-        typer.Option("--n-gpu-layers", metavar="N", help="Of a GGUF file: layers for the GPU. [default: all]"),
-    ] = None,
-    lora: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--lora", metavar="FILE[=SCALE]", help="Of a GGUF file: a LoRA adapter and its strength; may be repeated."
-        ),
-    ] = None,
+    threads: shared.Threads = None,
+    n_gpu_layers: shared.GPULayers = None,
+    lora: shared.LoRA = None,
     repack: Annotated[
         bool | None,
         typer.Option(
             "--repack/--no-repack", help="Of a GGUF file: rearrange weights for the CPU. [default: what reads faster]"
         ),
     ] = None,
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--adapter",
-            metavar="FOLDER[=WEIGHT]",
-            help="Of a model folder: a LoRA adapter and how strong it is; may be repeated.",
-        ),
-    ] = None,
+    adapter: shared.Adapter = None,
     no_exif: Annotated[
         bool, typer.Option("--no-exif", help="Do not turn photographs as their EXIF orientation says.")
     ] = False,
@@ -137,6 +95,7 @@ def chat(
 
     At a terminal without --prompt this is a conversation; /help lists its commands.
     """
+    options = shared.engine_options(locals())
     # Everything that can be wrong with the command line is found before the model is loaded, which takes its time.
     interactive = prompt is None and sys.stdin.isatty()
     if interactive and as_json:
@@ -163,28 +122,12 @@ def chat(
             if getattr(sampling, name) != getattr(GREEDY, name):
                 note(f"--{name.replace('_', '-')} does nothing at --temperature 0")
 
-    engine_options = {
-        "mmproj": mmproj,
-        "gguf_file": gguf_file,
-        "kv_bits": kv_bits and int(kv_bits),
-        "max_kv_size": max_kv_size,
-        "prefill_chunk": prefill_chunk,
-        "n_ctx": context,
-        "threads": threads,
-        "gpu_layers": n_gpu_layers,
-        "lora": [with_strength(text) for text in lora] if lora else None,
-        "repack": repack,
-        "adapters": [with_strength(text) for text in adapter] if adapter else None,
-        "show_log": debug or None,
-    }
     progress = Progress()
     began = perf_counter()
     with progress.waiting("load"):
         from gm_mlx.vlm import load
 
-        vlm = load(
-            model, progress=progress, **{key: value for key, value in engine_options.items() if value is not None}
-        )
+        vlm = load(model, progress=progress, **options)
     load_seconds = perf_counter() - began
     try:
         opened = open_image(vlm.engine, exif=not no_exif)

@@ -15,6 +15,7 @@ from gm_mlx.cli.bench import bench
 from gm_mlx.cli.chat import chat
 from gm_mlx.cli.console import Debug, one_line, say
 from gm_mlx.cli.convert import convert
+from gm_mlx.cli.evaluate import evaluate
 from gm_mlx.cli.fuse import fuse
 from gm_mlx.cli.imatrix import imatrix
 from gm_mlx.cli.info import info
@@ -58,6 +59,7 @@ def gm_mlx(
 app.command()(bench)
 app.command()(chat)
 app.command()(convert)
+app.command()(evaluate)
 app.command()(fuse)
 app.command()(imatrix)
 app.command()(info)

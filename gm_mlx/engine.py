@@ -17,7 +17,7 @@ from gm_mlx.errors import UserError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from gm_mlx.images import ImageSource
+    from gm_mlx.images import ImageConfig, ImageSource
     from gm_mlx.processor import Message
 
 FinishReason = Literal["stop", "length"]
@@ -114,11 +114,13 @@ class Engine(Protocol):
         name: the runtime, "mlx" or "llama.cpp".
         model: the model's name, as a user would pass it.
         context_length: positions that the model was made for.
+        image_config: how images become pixels; None where it reads none, or where llama.cpp decides.
     """
 
     name: str
     model: str
     context_length: int
+    image_config: ImageConfig | None
 
     def stream(
         self,

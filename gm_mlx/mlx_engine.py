@@ -91,6 +91,7 @@ class MLXEngine:
             load_adapter(self._model, find_adapter(str(name)), weight)
         self.processor = Processor.from_folder(folder)
         _check_processor(folder, self.processor, self._model)
+        self.image_config = self.processor.image
         self.context_length = self._model.config.text_config.max_position_embeddings
         self._cache_options = {"kv_bits": kv_bits, "max_kv_size": max_kv_size}
         self._prefill_chunk = prefill_chunk

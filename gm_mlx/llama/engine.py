@@ -123,6 +123,7 @@ class LlamaCppEngine:
             self._adapters = Adapters(self._model, header, self._worker, lora)
             vocabulary = Vocabulary(header, self._model.vocab)
             self.prompts = OurPrompts(header, vocabulary) if ours else ForeignPrompts(header, vocabulary)
+            self.image_config = self.prompts.processor.image if isinstance(self.prompts, OurPrompts) else None
             self._vision = self._make_vision() if self._model.mtmd is not None else None
             self.context_length = n_ctx or self._model.context_length
             if self.context_length > self._model.context_length:
@@ -241,7 +242,7 @@ class LlamaCppEngine:
     def _make_vision(self) -> Vision:
         if not isinstance(self.prompts, OurPrompts):
             return Vision(self._model, self._worker)
-        config = self.prompts.processor.image
+        config = self.image_config
         if config is None:
             raise UserError(f"{self._path}: the model reads text only; leave the mmproj file out")
         return Vision(self._model, self._worker, lambda image: square(image, config))

@@ -118,15 +118,15 @@ class Problem(NamedTuple):
 
 
 class BadRows(UserError):
-    """Rows that cannot be learnt from; the message names the first of them.
+    """Rows that cannot be learnt from, or whatever else they are for; the message names the first of them.
 
     Attributes:
         problems: all of them.
     """
 
-    def __init__(self, problems: Sequence[Problem], total: int) -> None:
+    def __init__(self, problems: Sequence[Problem], total: int, purpose: str = "learnt from") -> None:
         self.problems = list(problems)
-        bad = f"{len(problems)} of {total} rows cannot be learnt from"
+        bad = f"{len(problems)} of {total} rows cannot be {purpose}"
         remedy = ", or leave such rows out (--skip-bad)" if len(problems) < total else ""
         super().__init__(f"{bad}; the first: {problems[0]}; correct the data{remedy}")
 
