@@ -175,7 +175,7 @@ def convert(
     if to is To.GGUF:
         if dtype is not None:
             raise UserError("--dtype is of a model folder; a GGUF file has --quantize F16, BF16 or F32")
-        from gm_mlx.cli.gguf_output import plan_gguf
+        from gm_mlx.cli.gguf_output import check_expressible, plan_gguf
 
         gguf = plan_gguf(quantize, imatrix, clip_layout.value if clip_layout else None)
     else:
@@ -215,6 +215,8 @@ def convert(
     made = opened.translation
     with progress.waiting("prepare"):
         changed = change(opened, moe, upcycle_split, router_rank, None if gguf else quantize, dtype)
+    if gguf is not None:
+        check_expressible(changed.config)
     agreed = None
     if upcycle_split and samples:
         with progress.waiting("reference"):

@@ -62,6 +62,15 @@ def plan_gguf(quantize: str | None, imatrix: Path | None, layout: PositionLayout
     return GGUFPlan(target, matrix, layout)
 
 
+def check_expressible(config: ModelConfig) -> None:
+    """Refuse a model that llama.cpp has nothing for, before its files are read; raises ``UserError``."""
+    from gm_mlx.convert.to_gguf.text import find_architecture
+    from gm_mlx.convert.to_gguf.vision import check_vision
+
+    find_architecture(config.text_config)
+    check_vision(config)
+
+
 def write_gguf_form(
     out: Path,
     opened: Opened,

@@ -35,7 +35,7 @@ def imatrix(
     # Heavy imports only now: a misspelt option is told at once.
     from gm_mlx.config import ModelConfig
     from gm_mlx.convert.to_gguf.imatrix import check_imatrix_out, matrix_from_sums, write_imatrix
-    from gm_mlx.convert.to_gguf.text import find_architecture
+    from gm_mlx.convert.to_gguf.text import first_block
     from gm_mlx.hub import find_model
     from gm_mlx.processor import Processor
     from gm_mlx.quant.importance import measure_importance
@@ -45,7 +45,7 @@ def imatrix(
     check_imatrix_out(out, force=force)
     folder = find_model(model)
     config = ModelConfig.load(folder)
-    find_architecture(config.text_config)  # refuses what no file can hold
+    first = first_block(config.text_config)  # refuses what no file can hold
     read = load_samples(calibration, samples)
     progress = Progress()
     with progress.waiting("load"):
@@ -63,7 +63,7 @@ def imatrix(
     bits = config.extra.get("quantization", {}).get("bits", FEWEST_BITS)
     if bits < FEWEST_BITS:
         note(f"{model} is quantized to {bits} bits; the model that it was made from is measured better")
-    unseen = matrix.unseen_experts()
+    unseen = matrix.unseen_experts(first)
     for layer, experts in unseen.items():
         few = ", ".join(map(str, experts))
         note(f"layer {layer}: no token reached expert {few}; its channels will count alike, unless more samples do")

@@ -64,6 +64,10 @@ def train(
     router_rank: Annotated[int | None, typer.Option(min=0, metavar="R", help="Of their routers; 0 for full.")] = None,
     aux_loss_coef: Annotated[float | None, typer.Option(metavar="C", help="Weight of the load-balancing loss.")] = None,
     z_loss_coef: Annotated[float | None, typer.Option(metavar="C", help="Weight of the router z-loss.")] = None,
+    second_expert: Annotated[
+        str | None,
+        typer.Option(metavar="HOW", help="A token's second expert in training: largest, or drawn as in DeepSpeed."),
+    ] = None,
     capacity: Annotated[
         float | None,
         typer.Option(metavar="F", help="Tokens that an expert takes, in fair shares; 0 for all that come."),
@@ -129,6 +133,7 @@ def train(
         "router_rank": router_rank,
         "aux_loss_coef": aux_loss_coef,
         "z_loss_coef": z_loss_coef,
+        "second_expert": second_expert,
     }
     chosen = _chosen(read, stage, _changes(read.tables.get(stage, {}), given, upcycle, capacity, capacity_by))
     base, name = find_base(model)
@@ -235,7 +240,8 @@ def _choose(model: Model, stage: Stage, seed: int) -> list[Learning]:
 def _identity(stage: Stage) -> dict[str, Any]:
     """What of a stage makes a run another one; hyperparameters and data do so by themselves."""
     table = dataclasses.asdict(stage)
-    return {key: table[key] for key in ("trains", "lora", "image_mode", "moe", "capacity", "allocation")}
+    keys = ("trains", "lora", "image_mode", "moe", "second_expert", "capacity", "allocation")
+    return {key: table[key] for key in keys}
 
 
 def _write(start: Start, model: Model, out: Path, training: dict[str, Any], force: bool, progress: Progress) -> None:

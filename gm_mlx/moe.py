@@ -95,6 +95,7 @@ class SparseMLP(nn.Module):
     Attributes:
         capacity: how many tokens an expert takes; None for all. See ``set_capacity``.
         gumbel: all experts of a token but its first are drawn, as in DeepSpeed, and not picked. See ``set_gumbel``.
+        gumbel_in_eval: also when the layer is not in training mode.
     """
 
     def __init__(self, config: TextConfig, moe: MoEConfig, layer: int) -> None:
@@ -103,7 +104,7 @@ class SparseMLP(nn.Module):
         self.top_k = moe.top_k
         self.norm_topk_prob = moe.norm_topk_prob
         self.capacity: Capacity | None = None
-        self.gumbel = False
+        self.gumbel = self.gumbel_in_eval = False
         self.gate = make_router(moe, config.hidden_size)
         self.switch_mlp = make_experts(config, moe)
         if moe.use_residual:
@@ -124,7 +125,8 @@ class SparseMLP(nn.Module):
     def route(self, x: mx.array, positions: Positions) -> Routing:
         """Where the tokens of x [B, L, D] go."""
         logits = self.gate(x)
-        noise = mx.random.gumbel(logits.shape) if self.gumbel else None
+        drawn = self.gumbel and (self.training or self.gumbel_in_eval)
+        noise = mx.random.gumbel(logits.shape) if drawn else None
         probabilities, experts, weights = choose(logits, self.top_k, self.norm_topk_prob, noise)
         if self.capacity is None or not (self.training or self.capacity.in_eval):
             return Routing(self.layer, probabilities, experts, weights, logits)
@@ -138,11 +140,16 @@ class SparseMLP(nn.Module):
         return (y * weights[..., None].astype(y.dtype)).sum(axis=-2)
 
 
-def set_gumbel(model: nn.Module, gumbel: bool) -> None:
+def set_gumbel(model: nn.Module, gumbel: bool, *, in_eval: bool = True) -> None:
     """Draw the second experts of all sparse layers of a model, or pick them; in place.
 
     DeepSpeed 0.9.5 draws them, in training and evaluation. The draws are MLX's: ``mx.random.seed`` repeats them.
+
+    Args:
+        model: any module.
+        gumbel: whether they are drawn.
+        in_eval: also when a layer is not in training mode, where the same question then has many answers.
     """
     for module in model.modules():
         if isinstance(module, SparseMLP):
-            module.gumbel = gumbel
+            module.gumbel, module.gumbel_in_eval = gumbel, in_eval

@@ -7,9 +7,13 @@ import gm_mlx  # noqa: F401  isort: skip  # finds BLAS, which must happen before
 import signal
 import sys
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    from gm_mlx.processor import Processor
 
 # How long an example takes depends on what else the machine does, and says nothing about the code.
 settings.register_profile("gm-mlx", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -22,6 +26,14 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> Processor:
+    """The tiny model's processor, for tests that read training data."""
+    import train_runs
+
+    return train_runs.reader(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(autouse=True)

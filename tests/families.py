@@ -9,18 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import eve_models
-from checkpoints import (
-    LLAVA,
-    Table,
-    llava_json,
-    model_config,
-    moe_llava_json,
-    moe_llava_names,
-    reference,
-    state_of,
-    write,
-    write_hf,
-)
+from checkpoint_layouts import LLAVA, Table, llava_json, moe_llava_json, moe_llava_names, state_of
+from checkpoints import model_config, reference, write, write_hf
 from eve_reference import eve
 from tiny_byte_pairs import ranks, write_ranks, write_vocabulary
 

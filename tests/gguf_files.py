@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -20,7 +21,17 @@ from gm_mlx.processor import Processor
 from gm_mlx.safetensors_writer import DTYPE_NAMES
 from gm_mlx.tensors import Tensor
 from gm_mlx.tokenizer import load_tokenizer
+from gm_mlx.vision import VisionTower
 from gm_mlx.weights import named_arrays
+
+# Where random models have their experts. Every mode stands in at least one of a test's models.
+MODES: list[dict[str, Any]] = [
+    {"mode": "sparse"},
+    {"mode": "dense"},
+    {"mode": "first_half"},
+    {"mode": "second_half"},
+    {"mode": "custom", "layers_idx": (1,)},
+]
 
 
 def as_tensors(weights: dict[str, np.ndarray] | dict[str, mx.array]) -> dict[str, Tensor]:
@@ -46,3 +57,16 @@ def gguf_folder(
     pair = gguf_pair(model.config, tensors, processor, name="tiny", layout=layout)
     write_gguf_folder(out, pair, gm={"name": "tiny"}, card="", target=find_target(file_type, {}))
     return out
+
+
+def image_features(model: Model, pixels: mx.array, rolled: bool) -> mx.array:
+    """Features [N, T, D] of images; ``rolled``: what a llama.cpp with CLIP's defect can give at best.
+
+    It leaves the first patch out, and has the class token behind the last one; see ``gm_mlx.convert.to_gguf.vision``.
+    """
+    if not rolled:
+        return model.encode_images(pixels)
+    tower = VisionTower(model.config.vision_config, model.config.num_vision_layers_used, keep_first=True)
+    tower.load_weights([(n.removeprefix("vision_tower."), a) for n, a in named_arrays(model).items() if "tower" in n])
+    everything = tower(pixels)  # [N, 1 + T, D], the class token first
+    return model.project(mx.concatenate([everything[:, 2:], everything[:, :1]], axis=1))

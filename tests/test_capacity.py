@@ -13,10 +13,9 @@ from deepspeed_gate import Gate, deal, gate, in_turn, moe_layer, num_slots, top1
 from hypothesis import given
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
-from torch_reference import TEXT, NaiveMoE, copy_weights, randomise, relative_error, weights
+from torch_reference import TEXT, moe_pair, relative_error, tokens, weights
 
 from gm_mlx.capacity import Capacity, set_capacity
-from gm_mlx.config import MoEConfig
 from gm_mlx.cpu import networks, speed_up
 from gm_mlx.errors import UserError
 from gm_mlx.moe import SparseMLP, set_gumbel
@@ -192,28 +191,12 @@ def test_wrong_limits_are_refused(wrong: dict[str, Any], says: str) -> None:
         Capacity(**wrong)
 
 
-def pair(**moe: Any) -> tuple[SparseMLP, NaiveMoE]:
-    """Our layer in training mode and its weights in PyTorch."""
-    config = MoEConfig(**moe)
-    torch.manual_seed(0)
-    reference = NaiveMoE(TEXT, config)
-    randomise(reference)
-    layer = SparseMLP(TEXT, config, layer=0)
-    copy_weights(reference, layer)
-    layer.train()
-    return layer, reference
-
-
-def tokens(*shape: int) -> np.ndarray:
-    return np.random.default_rng(1).normal(size=(*shape, TEXT.hidden_size)).astype(np.float32)
-
-
 @pytest.mark.parametrize("gumbel", [False, True])
 @pytest.mark.parametrize("factor", [0.3, 0.75])
 def test_layer_equals_deepspeeds_with_its_gradients(
     factor: float, gumbel: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layer, reference = pair()
+    layer, reference = moe_pair()
     set_capacity(layer, Capacity(factor))
     set_gumbel(layer, gumbel)
     noise = np.random.default_rng(2).gumbel(size=(2, 30, 4)).astype(np.float32)
@@ -247,7 +230,7 @@ def test_layer_equals_deepspeeds_with_its_gradients(
 
 
 def test_a_token_without_any_expert_makes_nothing() -> None:
-    layer, _ = pair(num_experts=2, top_k=1, norm_topk_prob=False)
+    layer, _ = moe_pair(num_experts=2, top_k=1, norm_topk_prob=False)
     set_capacity(layer, Capacity(0.5))
     trace: list[Routing] = []
     y = np.array(layer(mx.array(tokens(1, 40)), trace))
@@ -259,7 +242,7 @@ def test_a_token_without_any_expert_makes_nothing() -> None:
 
 
 def test_only_training_drops_unless_evaluation_is_asked_for() -> None:
-    layer, _ = pair()
+    layer, _ = moe_pair()
     x = mx.array(tokens(1, 50))
     unlimited = layer(x)
     set_capacity(layer, Capacity(0.3))
@@ -275,7 +258,7 @@ def test_only_training_drops_unless_evaluation_is_asked_for() -> None:
 
 @pytest.mark.skipif(mx.default_device().type != mx.DeviceType.cpu, reason="GPUs have kernels of their own")
 def test_fast_experts_leave_out_what_was_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    layers, rows = [pair()[0] for _ in range(2)], []
+    layers, rows = [moe_pair()[0] for _ in range(2)], []
     for layer in layers:
         nn.quantize(layer, group_size=32, bits=4)
         set_capacity(layer, Capacity(0.4, by="priority"))
@@ -293,7 +276,7 @@ def test_fast_experts_leave_out_what_was_dropped(monkeypatch: pytest.MonkeyPatch
 
 
 def test_gumbel_draws_second_experts_by_what_the_first_leaves_over() -> None:
-    layer, _ = pair()
+    layer, _ = moe_pair()
     logits = mx.broadcast_to(mx.array([1.0, 0.0, 2.0, -1.0]), (1, 20_000, 4))
     layer.gate = lambda x: logits  # type: ignore[assignment]
 
@@ -313,5 +296,8 @@ def test_gumbel_draws_second_experts_by_what_the_first_leaves_over() -> None:
         assert not np.array_equal(experts, chosen())
         mx.random.seed(7)
         np.testing.assert_array_equal(experts, chosen())
-    set_gumbel(layer, False)
+    for training in (True, False):
+        set_gumbel(layer.train(training), True, in_eval=False)
+        assert (chosen() != [2, 0]).any() == training
+    set_gumbel(layer.train(), False)
     assert (chosen() == [2, 0]).all()

@@ -263,7 +263,8 @@ def test_a_class_token_is_not_averaged(tmp_path: Path, capsys: pytest.CaptureFix
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    from checkpoints import LLAVA, llava_json, model_config, reference, state_of, write
+    from checkpoint_layouts import LLAVA, llava_json, state_of
+    from checkpoints import model_config, reference, write
 
     config = model_config("gemma")
     model = reference(config, "gemma")

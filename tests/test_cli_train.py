@@ -183,9 +183,11 @@ def test_options_win_over_the_recipe(
     assert moe == MoEConfig(3, 2, "custom", (1,), router_rank=2, aux_loss_coef=0.5)
     log = [json.loads(line) for line in (tmp_path / "out.run" / "log.jsonl").read_text().splitlines()]
     assert set(log[0]["load_entropy"]) == {"1"} and sum(line["dropped"]["1"] for line in log[:2]) > 0
-    report(capsys, 3, base, data, tmp_path / "roomy", "--capacity", "0")
+    roomy = report(capsys, 3, base, data, tmp_path / "roomy", "--capacity", "0")
     log = [json.loads(line) for line in (tmp_path / "roomy.run" / "log.jsonl").read_text().splitlines()]
     assert log[0]["dropped"] == {"0": 0}
+    drawn = report(capsys, 3, base, data, tmp_path / "drawn", "--capacity", "0", "--second-expert", "drawn")
+    assert drawn["loss"] != roomy["loss"]
     report(capsys, 3, base, data, tmp_path / "dense", "--upcycle", "none", "--trains", "all_ffn")
     assert ModelConfig.load(tmp_path / "dense").text_config.moe is None
 
@@ -233,6 +235,7 @@ def test_the_same_command_goes_on(base: Path, data: Path, tmp_path: Path, capsys
     assert (out / "gm.json").stat().st_mtime_ns == written
     for option, value, key in (
         ("--capacity", "2", "capacity"),
+        ("--second-expert", "drawn", "second_expert"),
         ("--upcycle", "3x2", "moe"),
         ("--trains", "all_ffn", ""),
     ):
@@ -281,6 +284,8 @@ def test_a_quantized_model(data: Path, tmp_path: Path, capsys: pytest.CaptureFix
         (["--router-rank", "4"], "--router-rank: 4 is not below the number of experts, 4"),
         (["--aux-loss-coef", "-1"], "--aux-loss-coef: -1.0 is not a number of 0 or more"),
         (["--capacity-by", "age"], "--capacity: .*'age'"),
+        (["--second-expert", "third"], "--second-expert: 'third' is not one of largest, drawn"),
+        (["--upcycle", "evf", "--second-expert", "drawn"], "second_expert: is of experts, and the model has vision"),
         (["--template", "chatml"], "--template: 'chatml' is not one of gemma, v1, plain"),
         (["--epochs", "1", "--steps", "1"], "--epochs and --steps are two ways"),
         (["--learning-rate", "-1"], "--learning-rate: -1.0 is not a number above 0"),

@@ -8,24 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import (
+from checkpoint_layouts import (
     LANGUAGE_MODEL,
     LLAVA,
     MOE_LLAVA,
-    TOLERANCE,
     TOWER_IDS,
     Table,
-    convert,
-    largest_error,
     llava_json,
-    model_config,
     moe_llava_json,
-    reference,
     state_of,
     text_json,
-    write,
-    write_tower,
 )
+from checkpoints import TOLERANCE, convert, largest_error, model_config, reference, write, write_tower
 
 from gm_mlx.config import MoEConfig
 from gm_mlx.convert.checkpoint import open_checkpoint

@@ -10,19 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import (
-    LLAVA,
-    MOE_LLAVA,
-    convert,
-    edit_config,
-    llava_json,
-    model_config,
-    moe_llava_json,
-    reference,
-    state_of,
-    write,
-    write_hf,
-)
+from checkpoint_layouts import LLAVA, MOE_LLAVA, llava_json, moe_llava_json, state_of
+from checkpoints import convert, edit_config, model_config, reference, write, write_hf
 
 from gm_mlx.config import MoEConfig
 from gm_mlx.errors import UserError

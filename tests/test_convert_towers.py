@@ -5,21 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from checkpoints import (
-    LLAVA,
-    MOE_LLAVA,
-    TOLERANCE,
-    TOWER_IDS,
-    convert,
-    largest_error,
-    llava_json,
-    model_config,
-    moe_llava_json,
-    reference,
-    state_of,
-    write,
-    write_tower,
-)
+from checkpoint_layouts import LLAVA, MOE_LLAVA, TOWER_IDS, llava_json, moe_llava_json, state_of
+from checkpoints import TOLERANCE, convert, largest_error, model_config, reference, write, write_tower
 
 from gm_mlx.config import MoEConfig
 from gm_mlx.convert.checkpoint import open_checkpoint

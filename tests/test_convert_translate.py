@@ -8,24 +8,26 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import (
-    FAMILIES,
+from checkpoint_layouts import (
     HF_MIXED,
     HF_OLD,
     LLAVA,
     MOE_LLAVA,
-    TOLERANCE,
     TOWER_IDS,
     Table,
+    llava_json,
+    moe_llava_json,
+    moe_llava_names,
+    state_of,
+)
+from checkpoints import (
+    FAMILIES,
+    TOLERANCE,
     convert,
     edit_config,
     largest_error,
-    llava_json,
     model_config,
-    moe_llava_json,
-    moe_llava_names,
     reference,
-    state_of,
     write,
     write_hf,
 )

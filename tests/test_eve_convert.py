@@ -10,18 +10,16 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from checkpoint_layouts import LLAVA, llava_json, state_of
 from checkpoints import (
-    LLAVA,
     TOLERANCE,
     TOWERS,
     convert,
     edit_config,
     largest_error,
-    llava_json,
     loaded,
     model_config,
     reference,
-    state_of,
     write,
     write_tower,
 )

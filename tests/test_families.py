@@ -14,18 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from checkpoint_layouts import HF_OLD, moe_llava_json, moe_llava_names, state_of, text_json
 from checkpoints import (
-    HF_OLD,
     TOLERANCE,
     convert,
     edit_config,
     largest_error,
     model_config,
-    moe_llava_json,
-    moe_llava_names,
     reference,
-    state_of,
-    text_json,
     write,
     write_hf,
     write_tower,

@@ -13,7 +13,7 @@ import numpy_families
 import pytest
 import raw_llama
 from fixtures import picture, tiny_config, tiny_folder, tiny_model
-from gguf_files import as_tensors, gguf_folder, tiny_processor
+from gguf_files import MODES, as_tensors, gguf_folder, tiny_processor
 from llama_products import Products, watched
 from lora_adapters import IDS, PARTS, draw
 
@@ -23,7 +23,7 @@ from gm_mlx.convert.to_gguf.imatrix import matrix_from_sums
 from gm_mlx.convert.to_gguf.lora import convert_adapter
 from gm_mlx.convert.to_gguf.native import neighbours
 from gm_mlx.convert.to_gguf.quantize import _is_filler
-from gm_mlx.convert.to_gguf.text import find_architecture, matrix_names, text_model
+from gm_mlx.convert.to_gguf.text import find_architecture, first_block, matrix_names, text_model
 from gm_mlx.convert.to_gguf.types import find_target
 from gm_mlx.convert.to_gguf.vision import check_vision
 from gm_mlx.convert.to_gguf.write import write_gguf
@@ -57,13 +57,6 @@ FAMILIES: dict[str, tuple[dict[str, Any], bool]] = {
     "phimoe": (STABLELM, True),
 }
 HEADS = [(4, 1), (4, 2), (4, 4), (2, 2), (8, 2), (6, 3)]  # multi-query, grouped and one for each
-MODES: list[dict[str, Any]] = [
-    {"mode": "sparse"},
-    {"mode": "dense"},
-    {"mode": "first_half"},
-    {"mode": "second_half"},
-    {"mode": "custom", "layers_idx": (1,)},
-]
 PER_FAMILY = 10
 
 
@@ -202,6 +195,7 @@ def test_the_engine_answers_as_mlx_does(family: str, tmp_path: Path) -> None:
 def test_an_importance_matrix_has_what_llama_cpp_multiplies(family: str, tmp_path: Path) -> None:
     config = random_config(family, 5)
     text, weights = config.text_config, weights_of(config, 5)
+    assert first_block(text) == 0
     products = Products()
     with watched(products):
         raw_llama.logits(write(tmp_path, config, weights), [[5, 6, 7, 8]])

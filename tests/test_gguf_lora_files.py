@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import raw_llama
 import torch
-from checkpoints import MOE_LLAVA, convert, model_config, moe_llava_json, state_of
+from checkpoint_layouts import MOE_LLAVA, moe_llava_json, state_of
+from checkpoints import convert, model_config
 from checkpoints import reference as torch_model
 from checkpoints import write as write_checkpoint
 from fixtures import tiny_config, tiny_folder, tiny_model

@@ -13,7 +13,7 @@ import numpy_decoder
 import pytest
 import raw_llama
 from fixtures import tiny_config, tiny_model
-from gguf_files import as_tensors, tiny_processor
+from gguf_files import MODES, as_tensors, tiny_processor
 
 from gm_mlx.config import ModelConfig, MoEConfig, TextConfig
 from gm_mlx.convert.to_gguf.folder import gguf_pair
@@ -27,14 +27,7 @@ from gm_mlx.weights import named_arrays
 
 Parts = list[list[int] | np.ndarray]
 
-# What is drawn from for the random models. Every mode stands in at least one of them.
-MODES: list[dict[str, Any]] = [
-    {"mode": "sparse"},
-    {"mode": "dense"},
-    {"mode": "first_half"},
-    {"mode": "second_half"},
-    {"mode": "custom", "layers_idx": (1,)},
-]
+# What is drawn from for the random models.
 HEADS = [(4, 1), (4, 2), (4, 4), (1, 1), (8, 1), (6, 3)]  # multi-query, grouped and one for each
 LENGTHS = [1, 2, 7, 33, 150, 600]
 PROMPT_POSITIONS = 32  # that errors are measured on at least

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from fixtures import picture, tiny_config, tiny_model
-from gguf_files import as_tensors, gguf_folder, tiny_processor
+from gguf_files import as_tensors, gguf_folder, image_features, tiny_processor
 
 from gm_mlx.config import ModelConfig, MoEConfig
 from gm_mlx.convert.to_gguf.vision import vision_model
@@ -20,7 +20,6 @@ from gm_mlx.images import HALF, ImageConfig
 from gm_mlx.llama.engine import LlamaCppEngine
 from gm_mlx.llama.probe import needed_layout
 from gm_mlx.model import Model
-from gm_mlx.vision import VisionTower
 from gm_mlx.weights import named_arrays
 
 CLOSE = 2e-3  # float16 tables and a GELU of another kind
@@ -40,20 +39,11 @@ def features(folder: Path) -> np.ndarray:
 
 
 def expected(model: Model, folder: Path, *, rolled: bool = False) -> np.ndarray:
-    """Features as they enter the first layer; ``rolled``: what a llama.cpp with the defect can give at best."""
+    """Features as they enter the first layer; ``rolled``: see ``image_features``."""
     config = model.config
     pixels = mx.array(tiny_processor(config, folder).pixels([picture(3, (40, 40))]))
-    if rolled:
-        tower = VisionTower(config.vision_config, config.num_vision_layers_used, keep_first=True)
-        tower.load_weights(
-            [(n.removeprefix("vision_tower."), a) for n, a in named_arrays(model).items() if "tower" in n]
-        )
-        everything = tower(pixels)  # [1, 1 + N, D], the class token first
-        values = model.project(mx.concatenate([everything[:, 2:], everything[:, :1]], axis=1))[0]
-    else:
-        values = model.encode_images(pixels)[0]
     scale = config.text_config.hidden_size**0.5 if config.scale_image_features else 1
-    return np.array(values) * scale
+    return np.array(image_features(model, pixels, rolled)[0]) * scale
 
 
 def entering(given: np.ndarray, config: ModelConfig) -> np.ndarray:

@@ -30,7 +30,7 @@ from gm_mlx.convert.to_gguf.imatrix import (
     read_imatrix,
     write_imatrix,
 )
-from gm_mlx.convert.to_gguf.text import find_architecture, matrix_names
+from gm_mlx.convert.to_gguf.text import find_architecture, first_block, matrix_names
 from gm_mlx.convert.to_gguf.types import find_target
 from gm_mlx.convert.to_gguf.write import write_gguf
 from gm_mlx.errors import UserError
@@ -254,7 +254,8 @@ def test_weights_are_means_and_nobody_knows_nothing() -> None:
     entry = Entry(np.array([[2, 4], [0, 0], [0, 0], [1, 0]], np.float32), np.array([2, 0, 5, 1]))
     assert entry.weights.tolist() == [1, 2, 1, 1, 1, 1, 1, 0]
     assert entry.weights.dtype == np.float32
-    assert matrix().unseen_experts() == {0: [2]}
+    assert first_block(tiny_config().text_config) == 1
+    assert (matrix().unseen_experts(1), matrix().unseen_experts(0)) == ({0: [2]}, {1: [2]})
 
 
 @pytest.mark.parametrize(

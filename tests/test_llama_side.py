@@ -76,6 +76,28 @@ def test_llama_cpps_defect_is_named_and_not_judged(
     assert ("25814" in facts["skipped"].get("logits", "")) == (layout == "cls_last")
 
 
+def test_features_without_their_mean_are_not_judged(
+    tmp_path: Path, image: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As StableLM with experts gets them, and needs them."""
+    stablelm: dict[str, Any] = {
+        "norm": "layer",
+        "attention_bias": "qkv",
+        "partial_rotary_factor": 0.5,
+        "norm_plus_one": False,
+        "scale_embeddings": False,
+        "hidden_act": "silu",
+    }
+    model = tiny_model(config=tiny_config(moe=MoEConfig(top_k=4), **stablelm))
+    model.multi_modal_projector.linear_2.bias = model.multi_modal_projector.linear_2.bias + 5
+    folder, files = tiny_folder(tmp_path / "mlx", model=model), gguf_folder(tmp_path / "gguf", model)
+    code, facts, _ = verify(capsys, folder, files, "-i", image)
+    stages = {stage["stage"]: stage for stage in facts["stages"]}
+    assert code == 0 and "LayerNorms" in facts["skipped"]["projector"]
+    assert stages["projector"]["error"] > 0.1 and stages["projector"]["limit"] is None
+    assert stages["logits"]["error"] < 1e-2 and stages["logits"]["limit"] is not None
+
+
 def test_a_file_of_another_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tiny_folder(tmp_path / "mlx")
     (tmp_path / "foreign").mkdir()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from mlx.utils import tree_flatten
-from torch_reference import TEXT, NaiveMoE, copy_weights, randomise, relative_error, weights
+from torch_reference import TEXT, moe_pair, relative_error, tokens, weights
 
 from gm_mlx.config import MoEConfig
 from gm_mlx.decoder import DecoderStack
@@ -19,26 +18,11 @@ from gm_mlx.moe import MLP, SparseMLP
 from gm_mlx.router import Routing, load_balancing_loss
 
 
-def pair(**moe: Any) -> tuple[SparseMLP, NaiveMoE]:
-    """Our layer and the loop, with the same weights."""
-    config = MoEConfig(**moe)
-    torch.manual_seed(0)
-    reference = NaiveMoE(TEXT, config)
-    randomise(reference)
-    layer = SparseMLP(TEXT, config, layer=3)
-    copy_weights(reference, layer)
-    return layer, reference
-
-
-def tokens(*shape: int) -> np.ndarray:
-    return np.random.default_rng(1).normal(size=(*shape, TEXT.hidden_size)).astype(np.float32)
-
-
 @pytest.mark.parametrize("norm_topk_prob", [True, False])
 @pytest.mark.parametrize(("num_experts", "top_k"), [(2, 1), (2, 2), (4, 1), (4, 2), (4, 3), (4, 4)])
 @pytest.mark.parametrize("shape", [(1, 1), (2, 7), (1, 600)])
 def test_equals_the_loop(shape: tuple[int, int], num_experts: int, top_k: int, norm_topk_prob: bool) -> None:
-    layer, reference = pair(num_experts=num_experts, top_k=top_k, norm_topk_prob=norm_topk_prob)
+    layer, reference = moe_pair(num_experts=num_experts, top_k=top_k, norm_topk_prob=norm_topk_prob)
     x = tokens(*shape)
     trace: list[Routing] = []
     ours = layer(mx.array(x), trace)
@@ -51,13 +35,13 @@ def test_equals_the_loop(shape: tuple[int, int], num_experts: int, top_k: int, n
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 40)])
 def test_residual_mode_equals_the_loop(shape: tuple[int, int]) -> None:
-    layer, reference = pair(use_residual=True)
+    layer, reference = moe_pair(use_residual=True)
     x = tokens(*shape)
     assert relative_error(layer(mx.array(x)), reference(torch.from_numpy(x))) <= 1e-4
 
 
 def test_exact_ties_go_to_the_lower_experts() -> None:
-    layer, reference = pair()
+    layer, reference = moe_pair()
     gate = torch.zeros(4, TEXT.hidden_size)
     gate[1:] = torch.randint(-2, 3, (TEXT.hidden_size,))  # whole numbers: equal in any order of summation
     reference.gate.weight.data = gate
@@ -72,7 +56,7 @@ def test_exact_ties_go_to_the_lower_experts() -> None:
 
 def test_dispatch_sorted_and_unsorted_agree() -> None:
     """mlx-lm's SwitchGLU sorts tokens by expert from 64 assignments up."""
-    layer, _ = pair()
+    layer, _ = moe_pair()
     x = mx.array(tokens(1, 60))  # 120 assignments together, 40 in each third
     whole = layer(x)
     thirds = mx.concatenate([layer(x[:, i : i + 20]) for i in (0, 20, 40)], axis=1)
@@ -82,7 +66,7 @@ def test_dispatch_sorted_and_unsorted_agree() -> None:
 @pytest.mark.parametrize("use_residual", [False, True])
 @pytest.mark.parametrize("length", [5, 70])
 def test_gradients_equal_autograd(length: int, use_residual: bool) -> None:
-    layer, reference = pair(use_residual=use_residual)
+    layer, reference = moe_pair(use_residual=use_residual)
     x, target = tokens(1, length), np.random.default_rng(9).normal(size=(1, length, TEXT.hidden_size))
 
     def loss(layer: SparseMLP, x: mx.array) -> mx.array:
@@ -111,7 +95,7 @@ def test_gradients_equal_autograd(length: int, use_residual: bool) -> None:
 
 
 def test_half_precision_in_half_precision_out() -> None:
-    layer, _ = pair(use_residual=True)
+    layer, _ = moe_pair(use_residual=True)
     nn.quantize(layer, group_size=32, bits=8)  # MLX's CPU backend has no half-precision gather_mm
     exact = layer(mx.array(tokens(1, 20)))
     layer.set_dtype(mx.bfloat16)

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import LLAVA, MOE_LLAVA, llava_json, model_config, moe_llava_json, reference, state_of, write, write_hf
+from checkpoint_layouts import LLAVA, MOE_LLAVA, llava_json, moe_llava_json, state_of
+from checkpoints import model_config, reference, write, write_hf
 from fixtures import picture
 
 from gm_mlx.cli.main import main

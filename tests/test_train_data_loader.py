@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from fixtures import picture, tiny_config, tiny_folder, tiny_model
+from fixtures import picture, tiny_config, tiny_model
 from mlx.utils import tree_flatten
 from training_data import data_url, images_in, llava, png, write_lines
 
@@ -31,11 +31,6 @@ from gm_mlx.train.rows import BadRows
 from gm_mlx.train.stages import select_stage
 
 ROWS = 21
-
-
-@pytest.fixture(scope="module")
-def reader(tmp_path_factory: pytest.TempPathFactory) -> Processor:
-    return Processor.from_folder(tiny_folder(tmp_path_factory.mktemp("model")))
 
 
 @pytest.fixture(scope="module")

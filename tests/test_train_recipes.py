@@ -105,7 +105,7 @@ PAPERS: dict[tuple[str, int], dict[str, Any]] = {
     },
     ("llava-gm", 3): {
         "trains": ("moe",), "batch_size": 32, "epochs": 3, "learning_rate": 2e-5, "betas": ADAM, "weight_decay": 0.01,
-        "moe": MoEConfig(num_experts=4, top_k=2, mode="sparse"),
+        "moe": MoEConfig(num_experts=4, top_k=2, mode="sparse"), "second_expert": "largest",
     },
     ("moe-llava", 1): {
         "trains": ("projector",), "template": "plain", "image_mode": "crop", "batch_size": 256, "epochs": 1,
@@ -119,7 +119,7 @@ PAPERS: dict[tuple[str, int], dict[str, Any]] = {
         "trains": ("moe",), "batch_size": 128, "epochs": 1, "learning_rate": 2e-5, "warmup": HALF,
         "schedule": "cosine", "betas": ADAM, "weight_decay": 0.0, "aux_loss_coef": 0.01,
         "moe": MoEConfig(num_experts=4, top_k=2, mode="sparse", aux_loss_coef=0.01),
-        "capacity": Capacity(factor=1.5, min_capacity=0, by="position"), "max_length": 2048,
+        "capacity": Capacity(factor=1.5, min_capacity=0, by="position"), "max_length": 2048, "second_expert": "drawn",
     },
     ("eve", 1): {
         "trains": ("projector",), "batch_size": 256, "learning_rate": 1e-3, "warmup": HALF, "schedule": "cosine",
@@ -176,6 +176,7 @@ stages:
     router_rank: 2
     residual: true
     aux_loss_coef: 1
+    second_expert: drawn
     capacity: {by: priority}
     learning_rate: 5
 """
@@ -186,7 +187,8 @@ stages:
         rows=3,
     )
     moe = MoEConfig(8, 1, "custom", (1, 3), router_rank=2, use_residual=True, aux_loss_coef=1)
-    stage = Stage({"learning_rate": 5}, ("all_ffn",), moe=moe, aux_loss_coef=1, capacity=Capacity(by="priority"))
+    room = Capacity(by="priority")
+    stage = Stage({"learning_rate": 5}, ("all_ffn",), moe=moe, aux_loss_coef=1, second_expert="drawn", capacity=room)
     assert recipe.stages[7] == stage
     assert [recipe.stages[2].parts(8, ranks) for ranks in (1, 2, 3)] == [3, 2, 1]
     assert stage.parts(100) == 1
@@ -244,6 +246,7 @@ def test_files_that_are_none(text: str, message: str, tmp_path: Path) -> None:
         ({"upcycle": "4x2", "residual": 1}, "residual: 1 is not true or false"),
         ({"aux_loss_coef": -1}, "aux_loss_coef: -1 is not a number of 0 or more"),
         ({"z_loss_coef": "0"}, "z_loss_coef: '0' is not a number"),
+        ({"second_expert": "third"}, "second_expert: 'third' is not one of largest, drawn"),
         ({"capacity": 1.5}, "capacity: is 1.5 and not a table of keys"),
         ({"capacity": {"size": 1}}, "capacity: size: this has no such key; it may have factor, min_capacity, by"),
         ({"capacity": {"factor": "1"}}, "capacity: factor: '1' is not a number"),

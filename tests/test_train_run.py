@@ -36,11 +36,6 @@ CONFIG = TrainConfig(steps=6, learning_rate=1e-2, log_every=1, save_every=2, val
 
 
 @pytest.fixture(scope="module")
-def reader(tmp_path_factory: pytest.TempPathFactory) -> Processor:
-    return Processor.from_folder(tiny_folder(tmp_path_factory.mktemp("model")))
-
-
-@pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory, reader: Processor) -> Prepared:
     folder = tmp_path_factory.mktemp("data")
     images_in(folder, 8)

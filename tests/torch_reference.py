@@ -28,6 +28,7 @@ from transformers.models.gemma.modeling_gemma import GemmaMLP
 from transformers.models.phi.modeling_phi import PhiMLP
 
 from gm_mlx.config import ModelConfig, MoEConfig, TextConfig, VisionConfig
+from gm_mlx.moe import SparseMLP
 
 IMAGE_TOKEN = 70
 
@@ -229,6 +230,22 @@ def copy_weights(source: nn.Module, target: mlx_nn.Module, num_vision_layers: in
         layer = re.compile(r".*vision_model\.encoder\.layers\.(\d+)\.")
         named = {n: v for n, v in named.items() if not ((m := layer.match(n)) and int(m[1]) >= num_vision_layers)}
     target.load_weights([(name, mx.array(value)) for name, value in named.items()], strict=True)
+
+
+def moe_pair(**moe: Any) -> tuple[SparseMLP, NaiveMoE]:
+    """A sparse layer of ours, in training mode as every new module, and the loop, with the same weights."""
+    config = MoEConfig(**moe)
+    torch.manual_seed(0)
+    reference = NaiveMoE(TEXT, config)
+    randomise(reference)
+    layer = SparseMLP(TEXT, config, layer=3)
+    copy_weights(reference, layer)
+    return layer, reference
+
+
+def tokens(*shape: int) -> np.ndarray:
+    """What enters a layer of ``TEXT``, float32 [*shape, D]."""
+    return np.random.default_rng(1).normal(size=(*shape, TEXT.hidden_size)).astype(np.float32)
 
 
 def relative_error(ours: mx.array, theirs: torch.Tensor | np.ndarray) -> float:

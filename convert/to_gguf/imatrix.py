@@ -65,13 +65,13 @@ class ImportanceMatrix:
     chunk_size: int = 0
     name: str = ""
 
-    def unseen_experts(self) -> dict[int, list[int]]:
-        """Experts without a token, by layer of the model; a file with experts has one layer more, in front."""
+    def unseen_experts(self, first: int) -> dict[int, list[int]]:
+        """Experts without a token, by layer of the model; ``first`` is the block of the file that is its layer 0."""
         found = {}
         for name, (_, counts) in sorted(self.entries.items()):
             experts = np.flatnonzero(counts == 0).tolist()
             if experts and (layer := re.match(r"blk\.(\d+)\.ffn_\w+_exps\.", name)):
-                found[int(layer[1]) - 1] = experts
+                found[int(layer[1]) - first] = experts
         return dict(sorted(found.items()))
 
 

@@ -40,6 +40,7 @@ from gm_mlx.llama.binding import library
 from gm_mlx.llama.model import physical_cores
 
 QUANTIZATION, FILE_TYPE = "gm.quantization", "general.file_type"
+ADDED_LAYER = "blk.0.layer_output_scale.weight"  # where it is, the model's layer 0 is block 1; see ``gemma4``
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def quantize_gguf(
         types=dict(Counter(tensor.type for tensor in made.tensors.values())),
         adjusted=_adjusted(header, made, target, wanted),
         unweighted=unweighted,
-        unseen=imatrix.unseen_experts() if imatrix is not None else {},
+        unseen=imatrix.unseen_experts(first=int(ADDED_LAYER in header.tensors)) if imatrix is not None else {},
     )
 
 
@@ -231,7 +232,7 @@ def _is_filler(name: str, names: Container[str]) -> bool:
 
     See ``gemma4``, whose first layer scales the stream, and ``step35``, whose last layer has no network.
     """
-    if "blk.0.layer_output_scale.weight" in names:
+    if ADDED_LAYER in names:
         beside = re.sub(r"(ffn_gate|ffn_up|ffn_down)\.weight$", r"\1_exps.weight", name)
         return name.startswith("blk.0.") or (beside != name and beside in names)
     last = next((i for i in count() if f"blk.{i}.ffn_norm.weight" not in names), 0) - 1

@@ -185,6 +185,11 @@ def text_model(config: ModelConfig, tensors: Mapping[str, Tensor], *, arch: str 
     return found.write(text, tensors)
 
 
+def first_block(text: TextConfig) -> int:
+    """The block of a GGUF file that is the decoder's layer 0; a ``gemma4`` has another one in front."""
+    return min(int(name.split(".")[1]) for name in matrix_names(text).values())
+
+
 def matrix_names(text: TextConfig) -> dict[str, str]:
     """The name in a GGUF file of each linear of the decoder's layers, by our path of it."""
     return find_architecture(text).matrix_names(text)

@@ -103,7 +103,7 @@ NAMED_AFTER = {"Q2_K": "Q2_K", "Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K
 COMPONENTS = {
     "embeddings": r"^(token_embd|output)\.weight$",
     "attention": r"^blk\.[0-9]+\.attn_(q|k|v|output)\.weight$",
-    "dense_ffn": r"^blk\.[0-9]+\.ffn_(gate|up|down)\.weight$",
+    "dense_ffn": r"^blk\.[0-9]+\.ffn_(gate|up|down)(_shexp)?\.weight$",  # the second are step35's zeros
     "experts": r"^blk\.[0-9]+\.ffn_(gate|up|down)_exps\.weight$",
 }
 

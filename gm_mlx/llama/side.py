@@ -31,6 +31,10 @@ DEFECT = (
     "with llama.cpp's defect (its issue 25814) the class token stands behind the patches and the first patch is lost: "
     "the features are moved back to where they belong, and this is not judged"
 )
+CENTRED = (
+    "a decoder with LayerNorms and experts is written so that image features enter without their mean over channels, "
+    "which these norms take out anyway: this is not judged"
+)
 
 
 class GGUFSide:
@@ -49,13 +53,15 @@ class GGUFSide:
             self.config: ModelConfig = ModelConfig.from_dict(json.loads(header.metadata["gm.config"]))
         except ValueError:
             raise UserError(f"{path}: gm.config is not JSON; convert the model again") from None
-        self._native = header.metadata["general.architecture"] == "gemma"
+        architecture = header.metadata["general.architecture"]
+        self._native = architecture == "gemma"
         matrices = Counter(tensor.type for tensor in header.tensors.values() if len(tensor.shape) > 1)
         stored = matrices.most_common(1)[0][0]
         # It computes in float32, but keeps keys and values in float16 and has a GELU of that precision.
         self.precision = Precision(FLOATS.get(stored, "float16"), "float16", stored not in FLOATS)
         self._moved = read_header(mmproj).metadata.get(LAYOUT_KEY) == "cls_last"
-        self.caveats: Mapping[str, str] = dict.fromkeys(("projector", "logits"), DEFECT) if self._moved else {}
+        centred = {"projector": CENTRED} if architecture == "phimoe" else {}
+        self.caveats: Mapping[str, str] = dict.fromkeys(("projector", "logits"), DEFECT) if self._moved else centred
         check_text_model(path)
         # Tokens are needed before and after the model is in memory.
         self._worker = Worker()

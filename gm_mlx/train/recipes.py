@@ -46,6 +46,8 @@ FOLDERS = (HERE.parents[1] / "recipes", HERE.parents[2] / "examples" / "recipes"
 HYPERPARAMETERS = (
     "learning_rate", "schedule", "warmup", "decay", "weight_decay", "betas", "eps", "clip", "precision", "checkpoint",
 )  # fmt: skip
+# How all experts of a token but its first are found.
+SECOND_EXPERTS = ("largest", "drawn")
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ class Stage:
             the option ``--upcycle`` takes it, with ``router_rank`` and ``residual`` beside it.
         aux_loss_coef: weight of the load-balancing loss; None for the model's own.
         z_loss_coef: weight of the router z-loss.
+        second_expert: of ``SECOND_EXPERTS``: the one with the second largest probability, or one that is drawn in
+            training as DeepSpeed does; see ``moe.set_gumbel``.
         capacity: how many tokens experts take; None for all that come.
         allocation: how positions are allocated to Eve's vision FFNs; None for as they ask.
     """
@@ -83,6 +87,7 @@ class Stage:
     moe: MoEConfig | None = None
     aux_loss_coef: float | None = None
     z_loss_coef: float = 0.0
+    second_expert: str = SECOND_EXPERTS[0]
     capacity: Capacity | None = None
     allocation: ImgGBPR | None = None
 
@@ -319,6 +324,7 @@ KEYS: dict[str, Callable[[Any], Any]] = {
     "residual": _yes_or_no,
     "aux_loss_coef": _number(0),
     "z_loss_coef": _number(0),
+    "second_expert": _one_of(*SECOND_EXPERTS),
     "capacity": _a(Capacity),
     "allocation": _a(ImgGBPR),
 }

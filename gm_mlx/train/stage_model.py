@@ -24,6 +24,7 @@ from gm_mlx.errors import UserError
 from gm_mlx.evf import set_allocation
 from gm_mlx.folder import STALE, read_model_folder, read_notes
 from gm_mlx.model import Model
+from gm_mlx.moe import set_gumbel
 from gm_mlx.processor import Processor
 from gm_mlx.safetensors_writer import MLX_DTYPES
 from gm_mlx.tensors import Tensor
@@ -73,7 +74,7 @@ class Start:
         return cls(folder, stage, own, processor, moe, seed)
 
     def model(self) -> Model:
-        """The model in memory, with experts and with room at them for so many tokens.
+        """The model in memory, with experts, with room at them for so many tokens, and with draws of second ones.
 
         What learns is still to be chosen; see ``stages.select`` and ``lora.attach.add_lora``.
         """
@@ -81,13 +82,15 @@ class Start:
         if self.moe is not None:
             model = upcycle(model, self.moe, seed=self.seed)
             cpu.speed_up(model)
-        moe = model.config.text_config.moe
-        if self.stage.capacity is not None:
-            if moe is not None and moe.kind == "evf":
-                raise UserError("capacity: is of experts, and the model has vision FFNs; they have an allocation")
-            set_capacity(model, self.stage.capacity)
-        if self.stage.allocation is not None:
-            set_allocation(model, self.stage.allocation)
+        moe, stage = model.config.text_config.moe, self.stage
+        drawn = stage.second_expert == "drawn"
+        if moe is not None and moe.kind == "evf" and (drawn or stage.capacity is not None):
+            key = "second_expert" if drawn else "capacity"
+            raise UserError(f"{key}: is of experts, and the model has vision FFNs; they have an allocation")
+        set_capacity(model, stage.capacity)
+        set_gumbel(model, drawn, in_eval=False)
+        if stage.allocation is not None:
+            set_allocation(model, stage.allocation)
         return model
 
     def result(self, model: Model, training: Mapping[str, Any]) -> dict[str, Any]:
