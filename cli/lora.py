@@ -20,6 +20,7 @@ from gm_mlx.cli.training import (
     run_shown,
     show_data,
     show_learning,
+    show_memory,
     show_outcome,
 )
 from gm_mlx.cli.training_options import Options
@@ -133,6 +134,7 @@ def lora(
     facts = show_data(prepared, plan, rows_of_step)
     learning = [Learning(part.component, part.parameters, part.matrices, part.ranks) for part in parts(wrapped)]
     show_learning(learning, total)
+    memory = show_memory(learner, prepared, plan, rows_of_step)
     outcome = run_shown(
         options,
         learner,
@@ -156,7 +158,12 @@ def lora(
             about=record_text(outcome.record),
         )
     if as_json:
-        more = {"facts": facts, "parameters": sum(one.parameters for one in learning), "model_parameters": total}
+        more = {
+            "facts": facts,
+            "memory": memory,
+            "parameters": sum(one.parameters for one in learning),
+            "model_parameters": total,
+        }
         print(json.dumps({"adapter": str(out), "model": name, **report(options, outcome), **more}))
         return
     show_outcome(out, outcome, written)

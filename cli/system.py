@@ -50,11 +50,20 @@ def system_facts() -> dict[str, Any]:
         "mlx": version("mlx"),
         "mlx_lm": version("mlx-lm"),
         **_device(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory_bytes": _memory(),
         "blas": _blas.status(),
         "models_folder": HF_HUB_CACHE,
         "gm_tiny": _built_in(),
     }
+
+
+def usable_memory() -> int:
+    """Returns the bytes that programs may use: of the device that MLX computes on, or of the machine."""
+    return _device()["device_memory_bytes"] or _memory()
+
+
+def _memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _device() -> dict[str, Any]:

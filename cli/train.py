@@ -22,6 +22,7 @@ from gm_mlx.cli.training import (
     run_shown,
     show_data,
     show_learning,
+    show_memory,
     show_outcome,
 )
 from gm_mlx.cli.training_options import Options
@@ -158,6 +159,7 @@ def train(
         total = num_parameters(learner)
     facts = show_data(prepared, plan, rows_of_step)
     show_learning(learning, total)
+    memory = show_memory(learner, prepared, plan, rows_of_step)
     outcome = run_shown(
         options,
         learner,
@@ -177,7 +179,12 @@ def train(
         with progress.waiting("write"):
             write(start, learner, out, training, force or is_written, progress)
     if as_json:
-        more = {"facts": facts, "parameters": sum(one.parameters for one in learning), "model_parameters": total}
+        more = {
+            "facts": facts,
+            "memory": memory,
+            "parameters": sum(one.parameters for one in learning),
+            "model_parameters": total,
+        }
         print(json.dumps({"out": str(out), **about, **report(options, outcome), **more}))
         return
     _show(out, model or name, written, outcome, chosen)

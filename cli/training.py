@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import typer
 
-from gm_mlx.cli.console import Progress, note, say
+from gm_mlx.cli.console import Progress, note, say, size
+from gm_mlx.cli.system import usable_memory
 from gm_mlx.cli.training_options import BATCH_SIZE, MAX_LENGTH, Options
 from gm_mlx.errors import UserError
 
@@ -218,6 +219,32 @@ def show_learning(learning: Sequence[Learning], total: int) -> None:
         lora = (f"{one.matrices:,}", ", ".join(map(str, one.ranks))) if with_lora else ()
         grid.add_row(one.component, *lora, f"{one.parameters:,}", f"{one.parameters / total:.2%}")
     Console(stderr=True).print(grid)
+
+
+def show_memory(model: Model, prepared: Prepared, config: TrainConfig, batch_size: int) -> dict[str, int]:
+    """Says how much memory a step takes, and what takes less if there is not so much; returns it as JSON values.
+
+    An estimate is no reason to refuse a run.
+
+    Args:
+        model: with what learns not frozen.
+        prepared: the data.
+        config: hyperparameters.
+        batch_size: rows of a step.
+    """
+    from gm_mlx.train.memory import Demand, savings
+    from gm_mlx.train.ranks import Ranks
+
+    demand = Demand.of(model, prepared.train, config, batch_size, Ranks().size)
+    needed, usable = demand.bytes, usable_memory()
+    if is_first():
+        say(f"memory: about {size(needed)} for a step")
+        if needed > usable:
+            ways, together = savings(demand, model, prepared.train, config)
+            said = ", ".join(f"{way} ({size(least)})" for way, least in ways) or "a smaller model"
+            every = f", and with all of them {size(together)}" if len(ways) > 1 else ""
+            say(f"warning: this machine has {size(usable)}; it takes less with {said}{every}")
+    return {"step_bytes": needed, "usable_bytes": usable}
 
 
 def run_shown(

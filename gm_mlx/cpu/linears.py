@@ -116,16 +116,16 @@ def linear(x: mx.array, layer: nn.Module) -> mx.array | None:
     count = len(parts.arrays)
 
     def forward(x: np.ndarray, *given: np.ndarray) -> tuple[np.ndarray, Any]:
-        rows, own = x.reshape(-1, x.shape[-1]), parts.linear(given[:count])
-        y, lows = own.times(rows)
+        rows = x.reshape(-1, x.shape[-1])
+        y, lows = parts.linear(given[:count]).times(rows)
         for b in given[count:]:
             y += b
-        return y.reshape(*x.shape[:-1], -1), (own, rows, lows)
+        return y.reshape(*x.shape[:-1], -1), (given, rows, lows)
 
     def backward(dy: np.ndarray, kept: Any) -> list[np.ndarray]:
-        own, rows, lows = kept
+        given, rows, lows = kept
         of_y = dy.reshape(len(rows), -1)
-        dx, found = own.back(of_y, rows, lows)
+        dx, found = parts.linear(given[:count]).back(of_y, rows, lows)
         return [dx.reshape(*dy.shape[:-1], -1), *found, *(of_y.sum(axis=0) for _ in bias)]
 
     return numpy_function(forward, backward, x, *parts.arrays, *bias)

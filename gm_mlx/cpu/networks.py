@@ -1,6 +1,7 @@
 """Gated feed-forward networks as one function: dense ones and mixtures of experts, with and without LoRA.
 
-Of all that is computed on the way, only what the matrices up and gate give is kept for the gradient.
+Of all that is computed on the way, only what the matrices up and gate give is kept for the gradient. The matrices
+themselves are made ready once more: scales that were in half precision would be in memory in float32, too.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ class FastMLP(MLP):
             return super().__call__(x)
 
         def forward(x: np.ndarray, *arrays: np.ndarray) -> tuple[np.ndarray, Any]:
-            network, rows = layers.network(arrays), x.reshape(-1, x.shape[-1])
-            y, hidden = network.forward(rows, keep=self.training)
-            return y.reshape(x.shape), (network, rows, hidden)
+            rows = x.reshape(-1, x.shape[-1])
+            y, hidden = layers.network(arrays).forward(rows, keep=self.training)
+            return y.reshape(x.shape), (arrays, rows, hidden)
 
         def backward(dy: np.ndarray, kept: Any) -> list[np.ndarray]:
-            network, rows, hidden = kept
-            dx, _, of_arrays = network.backward(dy.reshape(rows.shape), rows, hidden)
+            arrays, rows, hidden = kept
+            dx, _, of_arrays = layers.network(arrays).backward(dy.reshape(rows.shape), rows, hidden)
             return [dx.reshape(dy.shape), *of_arrays]
 
         return numpy_function(forward, backward, x, *layers.arrays)
@@ -51,23 +52,21 @@ class FastSparseMLP(SparseMLP):
 
         def forward(x: np.ndarray, weights: np.ndarray, *arrays: np.ndarray) -> tuple[np.ndarray, Any]:
             rows, shares = x.reshape(-1, x.shape[-1]), weights.reshape(-1, top_k)
-            y, networks = np.zeros_like(rows), {}
+            y, hiddens = np.zeros_like(rows), {}
             for expert, (tokens, slots) in choices.items():
-                network = layers.network(arrays, expert)
-                own, hidden = network.forward(rows[tokens], keep=self.training)
+                own, hiddens[expert] = layers.network(arrays, expert).forward(rows[tokens], keep=self.training)
                 y[tokens] += shares[tokens, slots, None] * own
-                networks[expert] = network, hidden
-            return y.reshape(x.shape), (rows, shares, networks)
+            return y.reshape(x.shape), (arrays, rows, shares, hiddens)
 
         def backward(dy: np.ndarray, kept: Any) -> list[np.ndarray]:
-            rows, shares, networks = kept
+            arrays, rows, shares, hiddens = kept
             of_y = dy.reshape(rows.shape)
             of_rows, of_shares = np.zeros_like(rows), np.zeros_like(shares)
             of_arrays = [np.zeros(array.shape, np.float32) for array in layers.arrays]
             for expert, (tokens, slots) in choices.items():
-                network, hidden = networks[expert]
                 own, share = rows[tokens], shares[tokens, slots]
-                of_own, of_share, found = network.backward(of_y[tokens], own, hidden, share)
+                network = layers.network(arrays, expert)
+                of_own, of_share, found = network.backward(of_y[tokens], own, hiddens[expert], share)
                 of_rows[tokens] += of_own
                 of_shares[tokens, slots] = of_share
                 for whole, part in zip(of_arrays, found, strict=True):

@@ -4,7 +4,9 @@
 
 - it draws other numbers the second time, so that dropout would drop other inputs than those the output came from;
 - it frees nothing where layers evaluate their input, as those of ``gm_mlx.cpu`` do: what is evaluated while MLX follows
-  a gradient keeps all that it came from.
+  a gradient keeps all that it came from;
+- where nothing is evaluated, it leaves the gradients of parameters to the end, and keeps what they are computed from:
+  two thirds of what checkpointing is to save (docs/benchmarks.md, "LoRA memory").
 """
 
 from __future__ import annotations
@@ -50,15 +52,17 @@ def checkpointed(
     named: list[tuple[str, mx.array]] = tree_flatten(block.trainable_parameters())  # type: ignore[assignment]
     names, parameters = [name for name, _ in named], [parameter for _, parameter in named]
     seed = _random_state()
-    routings: list[Routing] = []
+    routed: list[tuple[int, list[str]]] = []  # of each routing its layer, and which arrays it has
     # On a GPU all is lazy, and evaluating would only hold it up.
     release = released if runs_on_cpu() else list
 
     def run(x: mx.array, *parameters: mx.array) -> list[mx.array]:
         mx.random.seed(seed)
         block.update(tree_unflatten(list(zip(names, parameters, strict=True))))
-        routings[:] = []
+        # Not kept beyond this function: an evaluated routing has the attention that it came from behind it.
+        routings: list[Routing] = []
         y = block(x, mask, None, routings, positions)
+        routed[:] = [(routing.layer, list(_arrays(routing))) for routing in routings]
         # Of an output that is itself a stop_gradient, MLX would take the next one's gradient.
         return [y, *(mx.contiguous(array) for routing in routings for array in _arrays(routing).values())]
 
@@ -68,15 +72,16 @@ def checkpointed(
 
     @call.vjp
     def backward(inputs: Any, gradients: Any, outputs: Any) -> Any:
-        # Nothing is computed again before the first pass has come to its end.
-        inputs = mx.depends(list(inputs) if parameters else [inputs], list(outputs))
-        return release(mx.vjp(run, inputs, list(gradients))[1])
+        # Nothing is computed again before the blocks behind this one are done with.
+        inputs = mx.depends(list(inputs) if parameters else [inputs], [*outputs, *gradients])
+        of_x, *others = release(mx.vjp(run, inputs, list(gradients))[1])
+        # The blocks before this one wait for all of its gradients.
+        return [*mx.depends([of_x], others), *others] if others else [of_x]
 
     outputs: list[mx.array] = call(x, *parameters)  # type: ignore[assignment]
     if trace is not None:
         left = iter(outputs[1:])
-        for routing in routings:
-            trace.append(routing._replace(**{name: next(left) for name in _arrays(routing)}))  # type: ignore[arg-type]
+        trace += [Routing(layer, **{name: next(left) for name in names}) for layer, names in routed]
     return outputs[0]
 
 
