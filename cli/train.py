@@ -11,20 +11,8 @@ import typer
 
 from gm_mlx.cli import training_options as shared
 from gm_mlx.cli.console import Debug, Progress, note, say
-from gm_mlx.cli.training import (
-    Learning,
-    Outcome,
-    find_base,
-    is_first,
-    planned,
-    read_data,
-    report,
-    run_shown,
-    show_data,
-    show_learning,
-    show_memory,
-    show_outcome,
-)
+from gm_mlx.cli.training import Outcome, find_base, planned, read_data, report, run_shown, show_outcome
+from gm_mlx.cli.training_facts import Learning, is_first, show_data, show_learning, show_memory
 from gm_mlx.cli.training_options import Options
 from gm_mlx.errors import UserError
 

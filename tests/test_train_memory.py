@@ -267,7 +267,7 @@ def test_what_the_commands_say(
     assert f"memory: about {facts['step_bytes'] / 2**20:.0f} MB for a step" in said.err.splitlines()
     assert "warning" not in said.err
 
-    monkeypatch.setattr("gm_mlx.cli.training.usable_memory", lambda: 200 << 20)
+    monkeypatch.setattr("gm_mlx.cli.training_facts.usable_memory", lambda: 200 << 20)
     assert main([*words, "-o", str(tmp_path / "b")]) == 0
     said = capsys.readouterr()
     assert json.loads(said.out)["memory"] == {**facts, "usable_bytes": 200 << 20}
