@@ -19,10 +19,12 @@ from fixtures import tiny_folder, tiny_model
 from train_runs import assert_same, batches, files, log, losses, reader, run
 from training_data import images_in, llava, write_lines
 
+from gm_mlx.capacity import Capacity, set_capacity
 from gm_mlx.errors import UserError
 from gm_mlx.lora.attach import add_lora
 from gm_mlx.lora.config import LoRAConfig
 from gm_mlx.model import Model
+from gm_mlx.moe import set_gumbel
 from gm_mlx.processor import Processor
 from gm_mlx.train.checkpoints import first_difference
 from gm_mlx.train.config import TrainConfig
@@ -53,7 +55,9 @@ def learner(stage: int = 2) -> Model:
     return model
 
 
-def until(folder: Path, data: Data, step: int, config: TrainConfig = CONFIG, **more: Any) -> None:
+def until(
+    folder: Path, data: Data, step: int, config: TrainConfig = CONFIG, model: Model | None = None, **more: Any
+) -> None:
     """A run that ends as a crash does, in step ``step``."""
 
     class Crash(Exception):
@@ -64,7 +68,7 @@ def until(folder: Path, data: Data, step: int, config: TrainConfig = CONFIG, **m
             raise Crash
 
     with pytest.raises(Crash):
-        run(learner(), data, config, folder, watch=watch, **more)
+        run(model or learner(), data, config, folder, watch=watch, **more)
 
 
 # A process that trains, and kills itself at a call of some function of ``os``: fsync and replace are called while files
@@ -181,6 +185,27 @@ def test_interrupted_at_any_event(data: Data, tmp_path: Path, kind: str) -> None
     assert_same(model, whole)
     assert log(tmp_path / "parts") == log(tmp_path / "whole")
     assert files(tmp_path / "parts") >= {"best.safetensors", "step-000006.safetensors"}
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_what_is_drawn_is_drawn_again(data: Data, tmp_path: Path, checkpoint: bool) -> None:
+    """Second experts, and who finds no room at them: a step's draws are the same in whichever process it is done."""
+
+    def drawing(gumbel: bool = True) -> Model:
+        model = learner(3)
+        set_gumbel(model, gumbel, in_eval=False)
+        set_capacity(model, Capacity(0.8, by="random"))
+        return model
+
+    config = dataclasses.replace(CONFIG, checkpoint=checkpoint)
+    whole, parts = drawing(), drawing()
+    run(whole, data, config, tmp_path / "whole")
+    until(tmp_path / "parts", data, 5, config, drawing())
+    run(parts, data, config, tmp_path / "parts")
+    assert_same(parts, whole)
+    assert log(tmp_path / "parts") == log(tmp_path / "whole")
+    run(drawing(gumbel=False), data, config, tmp_path / "largest")
+    assert losses(tmp_path / "largest") != losses(tmp_path / "whole")
 
 
 def test_interrupted_in_a_validation(data: Data, tmp_path: Path) -> None:
