@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, TextIO
 
@@ -18,11 +18,13 @@ if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
 
     from gm_mlx.engine import Stats
+    from gm_mlx.train.rows import Problem
 
 # Before the command's name and after it: people add it to the end of a line that has just failed.
 Debug = Annotated[bool, typer.Option("--debug", help="Show where an error came from.")]
 
 CODES = {"dim": "2", "bold": "1", "cyan": "36"}
+LISTED = 20  # bad rows that a terminal shows
 DELAY = 1.0  # seconds that a phase may take before it is shown
 PHASES = {
     "load": "Loading the model",
@@ -48,6 +50,14 @@ def say(text: str) -> None:
 def note(text: str) -> None:
     """Prints a remark to stderr that nobody need act on."""
     say(styled(f"note: {text}", "dim", sys.stderr))
+
+
+def show_problems(problems: Sequence[Problem]) -> None:
+    """Lists rows of a file that are of no use on stderr: at a terminal the first of them, elsewhere all."""
+    from gm_mlx.train.rows import listing
+
+    for line in listing(problems, LISTED if sys.stderr.isatty() else sys.maxsize):
+        say(printable(line))
 
 
 def one_line(text: str) -> str:

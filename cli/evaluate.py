@@ -12,7 +12,7 @@ import typer
 
 from gm_mlx import __version__
 from gm_mlx.cli import engine_options as shared
-from gm_mlx.cli.console import Debug, Progress, note, printable, say
+from gm_mlx.cli.console import Debug, Progress, note, printable, say, show_problems
 from gm_mlx.errors import UserError
 from gm_mlx.hub import BUILT_IN
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from gm_mlx.images import Mode
 
 IMAGE_MODES = ("pad", "crop", "resize")
-LISTED = 20  # bad rows that are shown at a terminal
 LINES = 10  # that tell of progress where there is no terminal
 
 
@@ -133,9 +132,8 @@ def _prepared(
 ) -> Prepared:
     """Reads and checks all questions, and lists those that cannot be asked."""
     from gm_mlx.evaluate.prepare import prepare
-    from gm_mlx.train.rows import BadRows, listing
+    from gm_mlx.train.rows import BadRows
 
-    most = LISTED if sys.stderr.isatty() else sys.maxsize
     progress = Progress()
     try:
         with progress.waiting("Reading the questions"):
@@ -149,12 +147,10 @@ def _prepared(
                 progress=lambda rows: progress(f"Checking the questions, {rows:,}", 0, 0),
             )
     except BadRows as error:
-        for line in listing(error.problems, most):
-            say(printable(line))
+        show_problems(error.problems)
         raise
     if prepared.problems:
-        for line in listing(prepared.problems, most):
-            say(printable(line))
+        show_problems(prepared.problems)
         note(f"{len(prepared.problems)} rows are left out")
     return prepared
 

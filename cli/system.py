@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from typing import Any
 
 from gm_mlx import __version__
 from gm_mlx.cli.console import size
+from gm_mlx.devices import all_memory
 from gm_mlx.errors import UserError
 
 LABELS = {
@@ -50,7 +50,7 @@ def system_facts() -> dict[str, Any]:
         "mlx": version("mlx"),
         "mlx_lm": version("mlx-lm"),
         **_device(),
-        "memory_bytes": _memory(),
+        "memory_bytes": all_memory(),
         "blas": _blas.status(),
         "models_folder": HF_HUB_CACHE,
         "gm_tiny": _built_in(),
@@ -59,11 +59,7 @@ def system_facts() -> dict[str, Any]:
 
 def usable_memory() -> int:
     """Returns the bytes that programs may use: of the device that MLX computes on, or of the machine."""
-    return _device()["device_memory_bytes"] or _memory()
-
-
-def _memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return _device()["device_memory_bytes"] or all_memory()
 
 
 def _device() -> dict[str, Any]:

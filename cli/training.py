@@ -6,7 +6,6 @@ Several machines run the same command. Each reads the data and trains; the first
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from gm_mlx.cli.console import Progress, note, say
+from gm_mlx.cli.console import Progress, note, say, show_problems
 from gm_mlx.cli.training_facts import is_first
 from gm_mlx.cli.training_options import BATCH_SIZE, MAX_LENGTH, Options
 from gm_mlx.errors import UserError
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
 EPOCHS = 3.0
 VALIDATIONS = 5  # in a run
 POINTS = 20  # that a curve has at least, if there are as many steps
-LISTED = 20  # bad rows that a terminal shows
 NOT_GGUF = (
     "is for llama.cpp, which does not train; name the model folder that it was made from, and use the adapter with it "
     "after gm-mlx convert ADAPTER --to gguf-lora"
@@ -88,7 +86,7 @@ def read_data(options: Options, processor: Processor, context: int) -> Prepared:
         UserError: a bad row, unless they are to be skipped; or no data.
     """
     from gm_mlx.train.prepare import Prepared, prepare
-    from gm_mlx.train.rows import BadRows, listing
+    from gm_mlx.train.rows import BadRows
 
     max_length = options.max_length or min(MAX_LENGTH, context)
     if max_length > context:
@@ -110,7 +108,6 @@ def read_data(options: Options, processor: Processor, context: int) -> Prepared:
             progress=lambda rows: progress(f"Reading the data, {rows:,} rows", 0, 0),
         )
 
-    most = LISTED if sys.stderr.isatty() else sys.maxsize
     try:
         with progress.waiting("Reading the data"):
             prepared = read(options.data, options.held_out)
@@ -118,14 +115,12 @@ def read_data(options: Options, processor: Processor, context: int) -> Prepared:
                 apart = read(options.validation, 0)
                 prepared = Prepared(prepared.train, apart.train, prepared.problems + apart.problems)
     except BadRows as error:
-        for line in listing(error.problems, most):
-            say(line)
+        show_problems(error.problems)
         raise
     if options.patience and not len(prepared.held_out):
         raise UserError("--patience: counts validations, and no row is held out; hold some out with --hold-out")
     if prepared.problems and is_first():
-        for line in listing(prepared.problems, most):
-            say(line)
+        show_problems(prepared.problems)
         note(f"{len(prepared.problems)} rows are left out")
     return prepared
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from gm_mlx.errors import UserError
+from gm_mlx.files import new_file
 
 Messages = Sequence[dict[str, Any]]
 
@@ -31,15 +31,11 @@ def save_transcript(path: Path, model: str, messages: Messages, replace: bool = 
         raise UserError(f"{path}: the name must end in {' or '.join(FORMS)}")
     if os.path.exists(path) and not (replace and path.is_file()):
         raise UserError(f"{path}: exists already; choose another name" + (", or /save! to replace it" * path.is_file()))
-    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
     try:
-        partial.write_text(form(model, messages), encoding="utf-8")
-        partial.replace(path)
+        with new_file(path) as partial:
+            partial.write_text(form(model, messages), encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
-    finally:
-        with suppress(OSError):  # it has become the file, or was never there
-            partial.unlink()
 
 
 def with_paths(messages: Messages, paths: Sequence[str]) -> list[dict[str, Any]]:

@@ -107,6 +107,7 @@ def measure(preset: str, layers: int, rows: int, rank: int, checkpoint: bool) ->
     import numpy as np
     from mlx.utils import tree_flatten, tree_unflatten
 
+    from gm_mlx.bench.child import peak_memory
     from gm_mlx.cpu import speed_up
     from gm_mlx.lora.attach import add_lora
     from gm_mlx.model import Model
@@ -144,7 +145,7 @@ def measure(preset: str, layers: int, rows: int, rank: int, checkpoint: bool) ->
     with tempfile.TemporaryDirectory() as folder:
         train(model, AnswerLoss(), lambda number, rank, ranks: batch, plan, Path(folder))
     return {
-        "peak": peak_bytes(),
+        "peak": peak_memory(),
         "mlx_peak": mx.get_peak_memory(),
         "estimate": estimated(config, rows, rank, checkpoint),
     }
@@ -158,16 +159,6 @@ def forget_peak() -> None:
     mx.reset_peak_memory()
     if sys.platform == "linux":
         Path("/proc/self/clear_refs").write_text("5")  # proc(5): sets VmHWM to what is resident now
-
-
-def peak_bytes() -> int:
-    """The most memory that the process had."""
-    if sys.platform != "linux":
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 def estimated(config: ModelConfig, rows: int, rank: int, checkpoint: bool, gpu: bool = False) -> int:

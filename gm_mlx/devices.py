@@ -1,7 +1,8 @@
-"""How much memory a program gets on the devices that people ask about."""
+"""How much memory a program gets on the devices that people ask about, and how much this machine has."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 GB = 1 << 30
@@ -52,3 +53,8 @@ DEVICES = {
     "android-12gb": Device(12 * GB, 0.5, ANDROID),
     "pc-16gb": Device(16 * GB, 0.75, PC),
 }
+
+
+def all_memory() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

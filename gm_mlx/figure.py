@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from gm_mlx.files import new_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,9 +28,5 @@ def save_png(figure: Figure, path: Path, software: str) -> None:
     """
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=150, metadata={"Software": software})
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
+    with new_file(path) as partial:
         partial.write_bytes(drawn.getvalue())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from checkpoints import model_config, write_hf
 from checkpoints import reference as reference_of
-from torch_reference import CLIP, IMAGE_TOKEN, TEXT, copy_weights, llava, relative_error
+from torch_reference import CLIP, IMAGE_TOKEN, TEXT, model_pair, relative_error
 
 from gm_mlx.cli.main import main
 from gm_mlx.config import ModelConfig, MoEConfig
@@ -60,17 +60,9 @@ def ours(model: Model) -> mx.array:
     return model.logits(model.hidden(embeddings, positions=model.positions(ids)))
 
 
-def pair() -> tuple[Any, Model]:
-    """A model of transformers, and ours with its weights."""
-    reference, model = llava(CONFIG), Model(CONFIG)
-    copy_weights(reference, model, CONFIG.num_vision_layers_used)
-    model.eval()
-    return reference, model
-
-
 @pytest.mark.parametrize("kind", SETTINGS)
 def test_from_peft(kind: str, tmp_path: Path) -> None:
-    reference, model = pair()
+    model, reference = model_pair(CONFIG)
     plain = theirs(reference)
     wrapped = peft.get_peft_model(reference, peft.LoraConfig(target_modules=EVERYWHERE, **SETTINGS[kind]))
     torch.manual_seed(1)
@@ -99,7 +91,7 @@ def write_adapter(model: Model, folder: Path, **settings: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["LoRA", "rsLoRA", "DoRA"])
 def test_to_peft(kind: str, tmp_path: Path) -> None:
-    reference, model = pair()
+    model, reference = model_pair(CONFIG)
     plain = theirs(reference)
     write_adapter(model, tmp_path / "adapter", rslora=kind == "rsLoRA", dora=kind == "DoRA")
     loaded = peft.PeftModel.from_pretrained(reference, str(tmp_path / "adapter")).eval()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -11,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch_reference import CLIP, IMAGE_TOKEN, SIGLIP, TEXT, copy_weights, llava, relative_error, siglip
+from torch_reference import CLIP, IMAGE_TOKEN, SIGLIP, TEXT, copy_weights, model_pair, relative_error, siglip
 
 from gm_mlx.config import ModelConfig, MoEConfig
 from gm_mlx.model import Model, pool
@@ -20,14 +19,6 @@ from gm_mlx.vision import VisionTower
 TOLERANCE = 1e-4
 DENSE = ModelConfig(text_config=TEXT, vision_config=CLIP, image_token_index=IMAGE_TOKEN)
 SPARSE = replace(DENSE, text_config=replace(TEXT, moe=MoEConfig()))
-
-
-def pair(config: ModelConfig) -> tuple[Model, Any]:
-    """Our model and PyTorch's, with the same weights."""
-    reference = llava(config)
-    model = Model(config)
-    copy_weights(reference, model, config.num_vision_layers_used)
-    return model, reference
 
 
 def pictures(count: int, size: int = CLIP.image_size) -> np.ndarray:
@@ -55,7 +46,7 @@ def prompts(config: ModelConfig, images_per_row: list[int]) -> np.ndarray:
 @pytest.mark.parametrize("config", [DENSE, SPARSE], ids=["dense", "sparse"])
 @pytest.mark.parametrize("images_per_row", [[1], [2], [1, 2]], ids=["one image", "two images", "batch"])
 def test_every_stage_equals_hugging_face(config: ModelConfig, images_per_row: list[int]) -> None:
-    model, reference = pair(config)
+    model, reference = model_pair(config)
     pixels, ids = pictures(sum(images_per_row)), prompts(config, images_per_row)
     with torch.no_grad():
         tower = reference.model.vision_tower(to_torch(pixels), output_hidden_states=True).hidden_states[-2][:, 1:]
@@ -78,7 +69,7 @@ def test_every_stage_equals_hugging_face(config: ModelConfig, images_per_row: li
 
 def test_scaled_image_features_are_what_older_transformers_computed() -> None:
     """transformers before 5.4 multiplied everything it was given by sqrt(d), images as well."""
-    model, reference = pair(replace(DENSE, scale_image_features=True))
+    model, reference = model_pair(replace(DENSE, scale_image_features=True))
     pixels, ids = pictures(3), prompts(DENSE, [1, 2])
     with torch.no_grad():
         features = torch.cat(list(reference.get_image_features(to_torch(pixels)).pooler_output))
@@ -92,7 +83,7 @@ def test_scaled_image_features_are_what_older_transformers_computed() -> None:
 
 def test_the_class_token_stays_when_the_config_says_full() -> None:
     config = replace(DENSE, vision_feature_select_strategy="full", vision_feature_layer=-1)
-    model, reference = pair(config)
+    model, reference = model_pair(config)
     pixels, ids = pictures(2), prompts(config, [2])
     assert config.num_image_tokens == CLIP.num_patches + 1
     with torch.no_grad():
@@ -144,7 +135,7 @@ def test_pooling_equals_pytorch(count: int, side: int, stride: int, size: int, d
 def test_pooled_features_are_pooled_after_the_projector(stride: int, scale: bool) -> None:
     """And before they are scaled: the order in which llama.cpp's projector and Gemma's embeddings follow each other."""
     config = replace(SPARSE, spatial_pool_stride=stride, scale_image_features=scale)
-    model, reference = pair(config)
+    model, reference = model_pair(config)
     pixels, ids = pictures(3), prompts(config, [1, 2])
     with torch.no_grad():
         features = torch.stack(list(reference.get_image_features(to_torch(pixels)).pooler_output))  # [3, 16, D]
@@ -169,7 +160,7 @@ def test_pooled_features_have_the_decoders_dtype() -> None:
 
 
 def test_text_alone_equals_gemma() -> None:
-    model, reference = pair(SPARSE)
+    model, reference = model_pair(SPARSE)
     ids = np.random.default_rng(7).integers(3, 60, (2, 9))
     with torch.no_grad():
         logits = reference(input_ids=torch.from_numpy(ids)).logits

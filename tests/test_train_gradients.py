@@ -19,7 +19,17 @@ import pytest
 import torch
 from lora_models import everything, model_of, trained
 from mlx.utils import tree_flatten
-from torch_reference import CLIP, IMAGE_TOKEN, SIGLIP, TEXT, NaiveMoE, copy_weights, llava, our_name, relative_error
+from torch_reference import (
+    CLIP,
+    IMAGE_TOKEN,
+    SIGLIP,
+    TEXT,
+    NaiveMoE,
+    llava,
+    model_pair,
+    our_name,
+    relative_error,
+)
 from torch_reference import weights as renamed_weights
 
 from gm_mlx.capacity import Capacity, set_capacity
@@ -101,12 +111,6 @@ def their_loss(reference: Any, batch: Batch, call: Callable[..., Any] | None = N
     return loss
 
 
-def pair(config: ModelConfig) -> tuple[Model, Any]:
-    reference, model = llava(config), Model(config)
-    copy_weights(reference, model, config.num_vision_layers_used)
-    return model, reference
-
-
 def their_gradients(reference: Any, batch: Batch) -> tuple[float, dict[str, np.ndarray]]:
     """Loss and gradients under our names; nothing of what is frozen."""
     loss = their_loss(reference, batch)
@@ -142,7 +146,7 @@ def assert_equal(ours: tuple[float, dict[str, mx.array]], theirs: tuple[float, d
 @pytest.mark.parametrize("name", MODELS)
 def test_every_parameter(name: str) -> None:
     config = MODELS[name]
-    model, reference = pair(config)
+    model, reference = model_pair(config)
     batch = batch_of(config)
     ours = our_gradients(model, batch)
     assert_equal(ours, their_gradients(reference, batch))
@@ -169,7 +173,7 @@ def logits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 )
 def test_stages_have_gradients_of_what_learns_and_of_nothing_else(name: str, stage: int, learns: set[str]) -> None:
     config = MODELS[name]
-    model, reference = pair(config)
+    model, reference = model_pair(config)
     components, batch = component_of(config), batch_of(config)
     select_stage(model, stage)
     for at, parameter in reference.named_parameters():
@@ -184,7 +188,7 @@ def test_stages_have_gradients_of_what_learns_and_of_nothing_else(name: str, sta
 def test_any_component_can_be_frozen(component: str) -> None:
     """What is frozen has no gradient, and the others have the gradients that they have without it."""
     config = MODELS["top-2"]
-    model, _ = pair(config)
+    model, _ = model_pair(config)
     components, batch = component_of(config), batch_of(config)
     _, everything_learns = our_gradients(model, batch)
     for layer in model_layers(config):
@@ -198,7 +202,7 @@ def test_any_component_can_be_frozen(component: str) -> None:
 
 def test_blocks_that_are_computed_again_draw_the_same() -> None:
     """Gradient checkpointing with Gumbel draws of second experts, and a lottery for the room at experts."""
-    model, _ = pair(MODELS["top-3 everywhere"])
+    model, _ = model_pair(MODELS["top-3 everywhere"])
     batch, found = batch_of(MODELS["top-3 everywhere"]), []
     for drawn in (False, True):
         set_gumbel(model, drawn)

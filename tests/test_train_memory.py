@@ -19,6 +19,7 @@ from lora_models import model_of
 from training_data import images_in, llava, write_lines
 
 from gm_mlx import cpu
+from gm_mlx.bench.child import peak_memory
 from gm_mlx.cli.main import main
 from gm_mlx.config import ModelConfig, MoEConfig
 from gm_mlx.footprint import RUNTIME_BYTES
@@ -144,13 +145,13 @@ def resident(checkpoint: bool) -> tuple[int, int]:
     status, references = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     ctypes.CDLL(None).malloc_trim(0)  # what making the model left behind would be used again, and not be seen
     references.write_text("5")  # the peak is forgotten
-    before = int(status.read_text().split("VmRSS:")[1].split()[0])
+    before = 1024 * int(status.read_text().split("VmRSS:")[1].split()[0])
     trained = sum(one.parameters for one in add_lora(model, LoRAConfig(rank=RANK)))
     with tempfile.TemporaryDirectory() as folder:
         step(model, Path(folder), checkpoint, rows=8)
-    peak = int(status.read_text().split("VmHWM:")[1].split()[0])
+    peak = peak_memory()
     shape = {"rows": 8, "length": LENGTH, "learnt": 8 * LEARNT, "checkpoint": checkpoint}
-    return (peak - before) * 1024, training_bytes(model.config, 0, trained, **shape) - RUNTIME_BYTES
+    return peak - before, training_bytes(model.config, 0, trained, **shape) - RUNTIME_BYTES
 
 
 @pytest.mark.slow

@@ -28,6 +28,7 @@ from transformers.models.gemma.modeling_gemma import GemmaMLP
 from transformers.models.phi.modeling_phi import PhiMLP
 
 from gm_mlx.config import ModelConfig, MoEConfig, TextConfig, VisionConfig
+from gm_mlx.model import Model
 from gm_mlx.moe import SparseMLP
 
 IMAGE_TOKEN = 70
@@ -230,6 +231,13 @@ def copy_weights(source: nn.Module, target: mlx_nn.Module, num_vision_layers: in
         layer = re.compile(r".*vision_model\.encoder\.layers\.(\d+)\.")
         named = {n: v for n, v in named.items() if not ((m := layer.match(n)) and int(m[1]) >= num_vision_layers)}
     target.load_weights([(name, mx.array(value)) for name, value in named.items()], strict=True)
+
+
+def model_pair(config: ModelConfig) -> tuple[Model, Any]:
+    """Our model and Hugging Face's LLaVA, with the same weights."""
+    reference, model = llava(config), Model(config)
+    copy_weights(reference, model, config.num_vision_layers_used)
+    return model, reference
 
 
 def moe_pair(**moe: Any) -> tuple[SparseMLP, NaiveMoE]:

@@ -9,7 +9,6 @@ common/imatrix-loader.cpp and tools/quantize/quantize.cpp.
 
 from __future__ import annotations
 
-import os
 import re
 import struct
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ import numpy as np
 from gm_mlx.config import TextConfig
 from gm_mlx.convert.to_gguf.text import find_architecture
 from gm_mlx.errors import UserError
+from gm_mlx.files import new_file
 from gm_mlx.gguf_file import MAGIC, MAX_NAME, GGUFHeader, read_header
 
 SUMS, COUNTS = ".in_sum2", ".counts"
@@ -136,27 +136,24 @@ def write_imatrix(path: Path, matrix: ImportanceMatrix) -> None:
     """
     from gguf import GGUFWriter
 
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        writer = GGUFWriter(partial, "imatrix")
-        try:
-            writer.add_type("imatrix")
-            writer.add_array(DATASETS, matrix.datasets or [""])
-            writer.add_uint32(CHUNKS, matrix.chunk_count)
-            writer.add_uint32(CHUNK_SIZE, matrix.chunk_size)
-            for name, (sums, counts) in sorted(matrix.entries.items()):
-                writer.add_tensor(name + SUMS, np.ascontiguousarray(sums, np.float32))
-                writer.add_tensor(name + COUNTS, counts.astype(np.float32)[:, None])
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
-        finally:
-            writer.close()
-        partial.replace(path)
+        with new_file(path) as partial:
+            writer = GGUFWriter(partial, "imatrix")
+            try:
+                writer.add_type("imatrix")
+                writer.add_array(DATASETS, matrix.datasets or [""])
+                writer.add_uint32(CHUNKS, matrix.chunk_count)
+                writer.add_uint32(CHUNK_SIZE, matrix.chunk_size)
+                for name, (sums, counts) in sorted(matrix.entries.items()):
+                    writer.add_tensor(name + SUMS, np.ascontiguousarray(sums, np.float32))
+                    writer.add_tensor(name + COUNTS, counts.astype(np.float32)[:, None])
+                writer.write_header_to_file()
+                writer.write_kv_data_to_file()
+                writer.write_tensors_to_file()
+            finally:
+                writer.close()
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); write elsewhere") from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_imatrix(path: Path) -> ImportanceMatrix:

@@ -25,9 +25,10 @@ from gm_mlx.convert.to_gguf.types import find_target
 from gm_mlx.convert.to_gguf.write import file_bytes, write_gguf
 from gm_mlx.convert.translate import translate
 from gm_mlx.errors import UserError
+from gm_mlx.files import new_file
 from gm_mlx.folder import read_model_folder
 from gm_mlx.gguf_file import GGUFHeader, read_header
-from gm_mlx.new_folder import REASONS
+from gm_mlx.new_folder import REASONS, sync
 from gm_mlx.safetensors_writer import DTYPE_NAMES
 from gm_mlx.tensors import Tensor
 from gm_mlx.weights import DTYPES
@@ -76,17 +77,13 @@ def convert_adapter(
         if progress:
             progress("write", done, total)
 
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:
-        notes = write_gguf(partial, model, target, wrote)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(out)
+        with new_file(out) as partial:
+            notes = write_gguf(partial, model, target, wrote)
+            sync(partial)
     except OSError as error:
         reason = REASONS.get(error.errno or 0, f"cannot be written ({error.strerror or error}); write elsewhere")
         raise UserError(f"{out}: {reason}") from error
-    finally:
-        partial.unlink(missing_ok=True)
     return notes
 
 

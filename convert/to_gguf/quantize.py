@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import re
 import subprocess
 import sys
@@ -35,6 +34,7 @@ from gm_mlx.convert.to_gguf.types import (
     require_imatrix,
 )
 from gm_mlx.errors import UserError
+from gm_mlx.files import new_file
 from gm_mlx.gguf_file import GGUFHeader, read_header
 from gm_mlx.llama.binding import library
 from gm_mlx.llama.model import physical_cores
@@ -124,25 +124,22 @@ def quantize_gguf(
     shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
     weights, unweighted = imatrix_weights(shapes, target, imatrix)
     keys = _keys(target, imatrix)
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    job = {
-        "source": str(source),
-        "out": str(partial),
-        "file_type": target.file_type,
-        "threads": threads or physical_cores(),
-        "overrides": [(pattern, NUMBERS[kind]) for pattern, kind in wanted.items()],
-        "imatrix": [(name, values.size) for name, values in weights.items()],
-        "keys": keys,
-    }
     try:
-        _run(f"--quantize {target.name}", job, weights, header, progress)
-        made = read_header(partial)
-        _check(header, made, target, wanted)
-        partial.replace(out)
+        with new_file(out) as partial:
+            job = {
+                "source": str(source),
+                "out": str(partial),
+                "file_type": target.file_type,
+                "threads": threads or physical_cores(),
+                "overrides": [(pattern, NUMBERS[kind]) for pattern, kind in wanted.items()],
+                "imatrix": [(name, values.size) for name, values in weights.items()],
+                "keys": keys,
+            }
+            _run(f"--quantize {target.name}", job, weights, header, progress)
+            made = read_header(partial)
+            _check(header, made, target, wanted)
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}); write elsewhere") from None
-    finally:
-        partial.unlink(missing_ok=True)
     return QuantizedFile(
         target=target.name,
         num_bytes=out.stat().st_size,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gm_mlx import __version__
+from gm_mlx.devices import all_memory
 from gm_mlx.llama.model import physical_cores
 
 PACKAGES = ("mlx", "mlx-lm", "llama-cpp-python", "numpy")
@@ -24,7 +25,7 @@ def machine_facts() -> dict[str, Any]:
         "cpu": cpu_name(),
         "cores": physical_cores(),
         "logical_cores": os.cpu_count(),
-        "memory_bytes": _all_memory(),
+        "memory_bytes": all_memory(),
         "load_average": os.getloadavg()[0],
         "platform": platform.platform(),
         "python": platform.python_version(),
@@ -44,11 +45,7 @@ def cpu_name() -> str:
 def available_memory() -> int:
     """Bytes that programs can still get."""
     found = re.search(r"^MemAvailable:\s+(\d+) kB", _read("/proc/meminfo"), re.MULTILINE)
-    return 1024 * int(found[1]) if found else int(AVAILABLE_ON_MACOS * _all_memory())
-
-
-def _all_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return 1024 * int(found[1]) if found else int(AVAILABLE_ON_MACOS * all_memory())
 
 
 def _version(package: str) -> str | None:

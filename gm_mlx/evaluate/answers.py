@@ -7,7 +7,6 @@ there, they are sorted as the benchmark's questions are: some of LLaVA's scripts
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 
 from gm_mlx.errors import UserError
 from gm_mlx.evaluate.question import Answered, Question
+from gm_mlx.files import lock, new_file
 
 # What the keys of a run's identity are called where two runs differ; for hashes the values say nothing.
 NAMES = {
@@ -95,12 +95,8 @@ class AnswersFile:
         """
         try:
             self._file = open(self.path, "ab")  # noqa: SIM115 - closed by ``close``
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"{self.path}: another process writes to it; wait for it, or choose another") from None
-            except OSError:  # a file system without locks: then there is nothing to be sure of
-                pass
+            if not lock(self._file):
+                raise UserError(f"{self.path}: another process writes to it; wait for it, or choose another")
             if os.fstat(self._file.fileno()).st_size != self._size:
                 raise UserError(f"{self.path}: another process has written to it; run the same command again")
             self._file.truncate(self._end)
@@ -183,10 +179,9 @@ class AnswersFile:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file that appears complete or not at all; raises ``UserError`` where it cannot be written."""
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        with new_file(path) as partial:
+            partial.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(
             f"{path}: cannot be written ({error.strerror or error}); make room or write elsewhere"

@@ -6,7 +6,6 @@ is that of a run that was never interrupted, but for the time that steps took.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gm_mlx.errors import UserError
+from gm_mlx.files import lock
 
 LOG = "log.jsonl"
 
@@ -28,13 +28,9 @@ class Log:
             self._file = open(self.path, "ab+")  # noqa: SIM115 - closed by ``close``
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written ({error.strerror}); choose another folder") from None
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not lock(self._file):
             self._file.close()
-            raise UserError(f"{folder}: another process trains there; wait for it, or choose another folder") from None
-        except OSError:  # a file system without locks: then there is nothing to be sure of
-            pass
+            raise UserError(f"{folder}: another process trains there; wait for it, or choose another folder")
 
     def cut(self, is_past: Callable[[dict[str, Any]], bool]) -> None:
         """Keep lines up to the first one that is not of the past, or that a sudden end has left incomplete."""
